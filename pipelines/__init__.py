@@ -1,0 +1,1 @@
+"""One module per job: parse options, build the graph, run."""

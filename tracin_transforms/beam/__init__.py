@@ -1,0 +1,1 @@
+"""PTransforms, which only wire functions of core and storage together."""

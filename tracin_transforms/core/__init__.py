@@ -1,0 +1,1 @@
+"""The method: NumPy only; every formula lives here once."""

@@ -1,0 +1,167 @@
+"""The checkpoints of one training run, with what TracIn needs to know about them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.losses import check_loss
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saved weights, with the learning rate that was in force up to them.
+
+    Attributes:
+        id: Name that is unique within the run, e.g. ``epoch-02``.
+        path: The saved model.
+        learning_rate: η_k of the optimizer's last step before the checkpoint; None if unknown.
+        step: Number of optimizer steps taken so far.
+        epoch: Number of finished epochs, or None.
+        loss: Mean training loss that was reported for the epoch, or None.
+    """
+
+    id: str
+    path: str
+    learning_rate: float | None
+    step: int
+    epoch: int | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise InputError(f"checkpoint id {self.id!r}: expected a non-empty string")
+        if not isinstance(self.path, str) or not self.path:
+            raise InputError(f"checkpoint {self.id!r}: 'path' is {self.path!r}, expected a file")
+        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 0:
+            raise InputError(
+                f"checkpoint {self.id!r}: 'step' is {self.step!r}, expected a whole number >= 0"
+            )
+        if self.learning_rate is not None and not _is_positive(self.learning_rate):
+            raise InputError(
+                f"checkpoint {self.id!r}: 'learning_rate' is {self.learning_rate!r}, "
+                "expected a finite number > 0"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointSeries:
+    """The ordered checkpoints of one training run.
+
+    Attributes:
+        checkpoints: In the order of training.
+        loss: Keras name of the training loss, one of ``losses.LOSSES``.
+        from_logits: Whether the loss took logits (True) or probabilities (False).
+        batch_size: Examples per optimizer step, or None if unknown.
+        optimizer: Name of the optimizer, or None if unknown.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    loss: str
+    from_logits: bool
+    batch_size: int | None = None
+    optimizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise InputError("the run has no checkpoints: expected at least one")
+        ids = [checkpoint.id for checkpoint in self.checkpoints]
+        repeated = sorted({name for name in ids if ids.count(name) > 1})
+        if repeated:
+            raise InputError(
+                f"checkpoint id {repeated[0]!r} occurs {ids.count(repeated[0])} times: "
+                "expected every checkpoint id once"
+            )
+        check_loss(self.loss)
+        if not isinstance(self.from_logits, bool):
+            raise InputError(f"'from_logits' is {self.from_logits!r}, expected true or false")
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The checkpoints' ids, in order."""
+        return tuple(checkpoint.id for checkpoint in self.checkpoints)
+
+    def weights(self, kind: str) -> np.ndarray:
+        """Returns the weight of each checkpoint in the sum over checkpoints, shape [K], float64.
+
+        Args:
+            kind: ``recorded``: η_k, the learning rates, as in TracInCP (Pruthi et al. 2020,
+                section 3.2); ``equal``: 1 for each, which the paper finds to work as well.
+
+        Raises:
+            InputError: ``recorded`` where a learning rate is missing; another kind.
+        """
+        if kind == "equal":
+            return np.ones(len(self.checkpoints))
+        if kind != "recorded":
+            raise InputError(f"checkpoint weights {kind!r}: expected 'recorded' or 'equal'")
+        missing = [c.id for c in self.checkpoints if c.learning_rate is None]
+        if missing:
+            raise InputError(
+                f"checkpoint {missing[0]!r} has no learning rate ({len(missing)} of "
+                f"{len(self.checkpoints)} have none): add 'learning_rate' to checkpoints.json, "
+                "or weigh all checkpoints alike with --checkpoint-weights equal"
+            )
+        return np.array([c.learning_rate for c in self.checkpoints], dtype=np.float64)
+
+    def with_checkpoint(self, checkpoint: Checkpoint) -> "CheckpointSeries":
+        """Returns the series with one more checkpoint at its end."""
+        return replace(self, checkpoints=(*self.checkpoints, checkpoint))
+
+
+def series_to_json(series: CheckpointSeries) -> dict[str, Any]:
+    """Returns the content of a ``checkpoints.json``."""
+    document: dict[str, Any] = {"format": FORMAT, **asdict(series)}
+    document["checkpoints"] = [asdict(checkpoint) for checkpoint in series.checkpoints]
+    return document
+
+
+def series_from_json(document: Any) -> CheckpointSeries:
+    """Returns the series that a ``checkpoints.json`` describes.
+
+    Raises:
+        InputError: A field is missing, unknown or of the wrong kind; the message names it.
+    """
+    if not isinstance(document, Mapping):
+        raise InputError(f"expected an object with 'checkpoints', found {document!r:.60}")
+    if document.get("format") != FORMAT:
+        raise InputError(f"'format' is {document.get('format')!r}, expected {FORMAT}")
+    for name in ("loss", "from_logits", "checkpoints"):
+        if name not in document:
+            raise InputError(f"field {name!r} is missing")
+    entries = document["checkpoints"]
+    if not isinstance(entries, list):
+        raise InputError(f"'checkpoints' is {entries!r:.60}, expected a list")
+    return CheckpointSeries(
+        checkpoints=tuple(_checkpoint_from_json(entry, i) for i, entry in enumerate(entries)),
+        loss=document["loss"],
+        from_logits=document["from_logits"],
+        batch_size=document.get("batch_size"),
+        optimizer=document.get("optimizer"),
+    )
+
+
+def _checkpoint_from_json(entry: Any, index: int) -> Checkpoint:
+    if not isinstance(entry, Mapping):
+        raise InputError(f"checkpoints[{index}] is {entry!r:.60}, expected an object")
+    for name in ("id", "path", "step"):
+        if name not in entry:
+            raise InputError(f"checkpoints[{index}] has no field {name!r}")
+    return Checkpoint(
+        id=entry["id"],
+        path=entry["path"],
+        learning_rate=entry.get("learning_rate"),
+        step=entry["step"],
+        epoch=entry.get("epoch"),
+        loss=entry.get("loss"),
+    )
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0

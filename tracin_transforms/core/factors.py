@@ -1,0 +1,204 @@
+"""Gradient factors: the gradient of each example, kept as two short vectors.
+
+For a dense layer with pre-activations y = W h + b the gradient of one example is the outer
+product ∂ℓ/∂W = e hᵀ and ∂ℓ/∂b = e, with the error signal e = ∂ℓ/∂y and the activation h.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tracin_transforms.core.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """Gradient factors of some examples for one dense layer.
+
+    Attributes:
+        name: The layer's name.
+        activations: h, shape [n, d], float32.
+        error_signals: e, shape [n, C], float32.
+        has_bias: Whether the layer has a bias, which adds 1 to every product of activations.
+    """
+
+    name: str
+    activations: np.ndarray
+    error_signals: np.ndarray
+    has_bias: bool
+
+    def __post_init__(self) -> None:
+        for field in ("activations", "error_signals"):
+            array = getattr(self, field)
+            if array.ndim != 2 or array.dtype != np.float32:
+                raise ValueError(
+                    f"{field} of layer {self.name!r}: shape {array.shape} and dtype {array.dtype}, "
+                    "expected [examples, width] in float32"
+                )
+        if len(self.activations) != len(self.error_signals):
+            raise ValueError(
+                f"layer {self.name!r}: activations and error_signals disagree on the number of "
+                f"examples: {len(self.activations)} vs {len(self.error_signals)}"
+            )
+
+    def rows(self, selection: slice | np.ndarray) -> "LayerFactors":
+        """Returns the factors of the selected examples."""
+        return replace(
+            self,
+            activations=self.activations[selection],
+            error_signals=self.error_signals[selection],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GradientFactors:
+    """Gradient factors of some examples at one checkpoint, for each layer of the job.
+
+    Attributes:
+        checkpoint_id: The checkpoint.
+        layers: One entry per layer, all for the same examples.
+    """
+
+    checkpoint_id: str
+    layers: tuple[LayerFactors, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError(f"checkpoint {self.checkpoint_id!r}: expected at least one layer")
+        counts = {len(layer.activations) for layer in self.layers}
+        if len(counts) > 1:
+            raise ValueError(
+                f"checkpoint {self.checkpoint_id!r}: layers disagree on the number of examples: "
+                f"{sorted(counts)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.layers[0].activations)
+
+    def rows(self, selection: slice | np.ndarray) -> "GradientFactors":
+        """Returns the factors of the selected examples."""
+        return replace(self, layers=tuple(layer.rows(selection) for layer in self.layers))
+
+
+@dataclass(frozen=True, eq=False)
+class FactorBlock:
+    """Some rows of a shard, with their gradient factors at all K checkpoints.
+
+    This is the element of the pipelines.
+
+    Attributes:
+        shard: Name of the shard the rows come from.
+        start: Index of the first row within the shard.
+        example_ids: Shape [n], unicode, unique.
+        labels: Class index of the label, shape [n], int32.
+        predictions: Class index predicted at the last checkpoint, shape [n], int32.
+        losses: Loss at each checkpoint, shape [n, K], float32, in nats.
+        gradients: One `GradientFactors` per checkpoint, in order.
+    """
+
+    shard: str
+    start: int
+    example_ids: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    losses: np.ndarray
+    gradients: tuple[GradientFactors, ...]
+
+    def __post_init__(self) -> None:
+        n, checkpoints = len(self.example_ids), len(self.gradients)
+        if not checkpoints:
+            raise ValueError(f"block of shard {self.shard!r}: expected at least one checkpoint")
+        if self.example_ids.dtype.kind != "U":
+            raise ValueError(f"example_ids have dtype {self.example_ids.dtype}, expected unicode")
+        shapes = {
+            "labels": (self.labels.shape, (n,)),
+            "predictions": (self.predictions.shape, (n,)),
+            "losses": (self.losses.shape, (n, checkpoints)),
+        }
+        for field, (shape, expected) in shapes.items():
+            if shape != expected:
+                raise ValueError(f"{field} have shape {shape}, expected {expected}")
+        for gradient in self.gradients:
+            if len(gradient) != n:
+                raise ValueError(
+                    f"checkpoint {gradient.checkpoint_id!r} has factors of {len(gradient)} "
+                    f"examples, expected {n}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @property
+    def checkpoint_ids(self) -> tuple[str, ...]:
+        """Ids of the checkpoints, in order."""
+        return tuple(gradient.checkpoint_id for gradient in self.gradients)
+
+    def rows(self, selection: slice | np.ndarray) -> "FactorBlock":
+        """Returns the block of the selected rows; `start` stays that of the whole block."""
+        return replace(
+            self,
+            example_ids=self.example_ids[selection],
+            labels=self.labels[selection],
+            predictions=self.predictions[selection],
+            losses=self.losses[selection],
+            gradients=tuple(gradient.rows(selection) for gradient in self.gradients),
+        )
+
+
+def check_finite(block: FactorBlock) -> FactorBlock:
+    """Returns the block if every number in it is finite.
+
+    Raises:
+        InputError: A number is NaN or infinite; the message names example and checkpoint.
+    """
+    for k, gradient in enumerate(block.gradients):
+        finite = np.isfinite(block.losses[:, k])
+        for layer in gradient.layers:
+            # A row's sum is finite only if its entries are; float64 leaves room for the sum.
+            finite &= np.isfinite(layer.activations.sum(axis=1, dtype=np.float64))
+            finite &= np.isfinite(layer.error_signals.sum(axis=1, dtype=np.float64))
+        if not finite.all():
+            example = str(block.example_ids[np.flatnonzero(~finite)[0]])
+            raise InputError(
+                f"example {example!r} has a non-finite activation, error signal or loss at "
+                f"checkpoint {gradient.checkpoint_id!r}; check the example, and whether training "
+                "had diverged by then"
+            )
+    return block
+
+
+def concatenate_blocks(blocks: Sequence[FactorBlock]) -> FactorBlock:
+    """Returns one block with the rows of all, in order; shard and start are the first one's.
+
+    Raises:
+        ValueError: No blocks, or blocks of different checkpoints.
+    """
+    if not blocks:
+        raise ValueError("expected at least one block")
+    first = blocks[0]
+    if any(block.checkpoint_ids != first.checkpoint_ids for block in blocks):
+        raise ValueError("expected blocks of the same checkpoints")
+    return replace(
+        first,
+        example_ids=np.concatenate([block.example_ids for block in blocks]),
+        labels=np.concatenate([block.labels for block in blocks]),
+        predictions=np.concatenate([block.predictions for block in blocks]),
+        losses=np.concatenate([block.losses for block in blocks]),
+        gradients=tuple(
+            _concatenate_gradients([block.gradients[k] for block in blocks])
+            for k in range(len(first.gradients))
+        ),
+    )
+
+
+def _concatenate_gradients(parts: Sequence[GradientFactors]) -> GradientFactors:
+    layers = tuple(
+        replace(
+            layer,
+            activations=np.concatenate([part.layers[i].activations for part in parts]),
+            error_signals=np.concatenate([part.layers[i].error_signals for part in parts]),
+        )
+        for i, layer in enumerate(parts[0].layers)
+    )
+    return replace(parts[0], layers=layers)

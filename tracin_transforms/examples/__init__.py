@@ -1,0 +1,1 @@
+"""Reading training and query examples, with stable ids."""

@@ -1,0 +1,1 @@
+"""Keras: checkpoints recorded while training, and gradient factors from them."""

@@ -1,0 +1,1 @@
+"""Pictures: self-contained pages with the results."""

@@ -1,0 +1,1 @@
+"""What lies on disk: files, manifests, results, gradient factors."""

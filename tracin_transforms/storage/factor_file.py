@@ -1,0 +1,58 @@
+"""One `FactorBlock` in one file: how the queries' gradient factors travel to the workers."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
+from tracin_transforms.storage.files import written_atomically
+
+
+def write_factor_block(path: Path, block: FactorBlock) -> None:
+    """Writes a block as an uncompressed NumPy archive, all arrays in their own dtype."""
+    arrays: dict[str, np.ndarray] = {
+        "shard": np.array(block.shard),
+        "start": np.array(block.start),
+        "example_ids": block.example_ids,
+        "labels": block.labels,
+        "predictions": block.predictions,
+        "losses": block.losses,
+        "checkpoint_ids": np.array(block.checkpoint_ids),
+        "layer_names": np.array([layer.name for layer in block.gradients[0].layers]),
+        "has_bias": np.array([layer.has_bias for layer in block.gradients[0].layers]),
+    }
+    for k, gradient in enumerate(block.gradients):
+        for i, layer in enumerate(gradient.layers):
+            arrays[f"activations_{k}_{i}"] = layer.activations
+            arrays[f"error_signals_{k}_{i}"] = layer.error_signals
+    with written_atomically(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_factor_block(path: Path) -> FactorBlock:
+    """Returns the block that `write_factor_block` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        layers = list(zip(arrays["layer_names"], arrays["has_bias"], strict=True))
+        return FactorBlock(
+            shard=str(arrays["shard"]),
+            start=int(arrays["start"]),
+            example_ids=arrays["example_ids"],
+            labels=arrays["labels"],
+            predictions=arrays["predictions"],
+            losses=arrays["losses"],
+            gradients=tuple(
+                GradientFactors(
+                    checkpoint_id=str(checkpoint_id),
+                    layers=tuple(
+                        LayerFactors(
+                            name=str(name),
+                            activations=arrays[f"activations_{k}_{i}"],
+                            error_signals=arrays[f"error_signals_{k}_{i}"],
+                            has_bias=bool(has_bias),
+                        )
+                        for i, (name, has_bias) in enumerate(layers)
+                    ),
+                )
+                for k, checkpoint_id in enumerate(arrays["checkpoint_ids"])
+            ),
+        )

@@ -1,0 +1,97 @@
+"""Shards of examples to blocks of gradient factors."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.utils.shared import Shared
+
+from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.protocols import (
+    ExampleSource,
+    FactorExtractor,
+    LoadedExtractor,
+    Shard,
+)
+
+
+class SharedExtractor:
+    """An extractor of which each process keeps one loaded copy.
+
+    Args:
+        extractor: Describes the models.
+    """
+
+    def __init__(self, extractor: FactorExtractor) -> None:
+        self._extractor = extractor
+        self._shared = Shared()
+
+    def acquire(self) -> LoadedExtractor:
+        """Returns this process's loaded extractor; it is unloaded when nobody holds it."""
+        loaded: LoadedExtractor = self._shared.acquire(self._extractor.load)
+        return loaded
+
+
+@dataclasses.dataclass(eq=False)
+class ExtractFactors(beam.PTransform):
+    """Computes the gradient factors of every example, in blocks.
+
+    A worker reads a shard once and runs all checkpoints on it.
+
+    Attributes:
+        source: Reads the shards.
+        extractor: The models.
+        block_rows: Examples per block, at most.
+        progress: Directory that gets a file ``<shard>-<start>-<rows>`` for each finished block,
+            or None.
+    """
+
+    source: ExampleSource
+    extractor: SharedExtractor
+    block_rows: int
+    progress: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_rows < 1:
+            raise ValueError(f"block_rows is {self.block_rows}, expected at least 1")
+
+    def expand(self, shards: beam.PCollection[Shard]) -> beam.PCollection[FactorBlock]:
+        """Wires the steps."""
+        # Create makes one bundle; without the reshuffle one worker would read every shard.
+        return (
+            shards
+            | "DistributeShards" >> beam.Reshuffle()
+            | "ExtractShard"
+            >> beam.ParDo(
+                _ExtractShard(self.source, self.extractor, self.block_rows, self.progress)
+            )
+        )
+
+
+class _ExtractShard(beam.DoFn):
+    def __init__(
+        self,
+        source: ExampleSource,
+        extractor: SharedExtractor,
+        block_rows: int,
+        progress: Path | None,
+    ) -> None:
+        self._source = source
+        self._extractor = extractor
+        self._block_rows = block_rows
+        self._progress = progress
+        self._examples = Metrics.counter("tracin", "examples")
+
+    def setup(self) -> None:
+        self._loaded = self._extractor.acquire()
+
+    def process(self, shard: Shard) -> Iterator[FactorBlock]:
+        for batch in self._source.read(shard, self._block_rows):
+            block = self._loaded.extract(batch)
+            yield block
+            self._examples.inc(len(block))
+            if self._progress is not None:
+                name = f"{block.shard}-{block.start:012d}-{len(block)}"
+                (self._progress / name).touch()

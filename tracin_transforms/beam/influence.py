@@ -1,0 +1,75 @@
+"""Blocks of gradient factors to the strongest proponents and opponents of each query."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.shared import Shared
+from apache_beam.utils.windowed_value import WindowedValue
+
+from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.ranking import TopInfluences, merge_block
+from tracin_transforms.storage.factor_file import read_factor_block
+
+
+@dataclasses.dataclass(eq=False)
+class ScoreInfluence(beam.PTransform):
+    """Ranks all training examples by their influence on each query.
+
+    A worker merges its blocks into one `TopInfluences`; only those are shuffled.
+
+    Attributes:
+        queries: File with the queries' gradient factors, read once per process.
+        weights: Weight of each checkpoint, shape [K].
+        k: Proponents, and opponents, to keep for each query.
+    """
+
+    queries: Path
+    weights: np.ndarray
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}, expected at least 1")
+
+    def expand(self, blocks: beam.PCollection[FactorBlock]) -> beam.PCollection[TopInfluences]:
+        """Wires the steps."""
+        return (
+            blocks
+            | "ScoreBlocks" >> beam.ParDo(_ScoreBlocks(self.queries, self.weights, self.k))
+            | "MergeTop" >> beam.CombineGlobally(_merge_all).without_defaults()
+        )
+
+
+class _ScoreBlocks(beam.DoFn):
+    def __init__(self, queries: Path, weights: np.ndarray, k: int) -> None:
+        self._path = queries
+        self._weights = weights
+        self._k = k
+        self._shared = Shared()
+
+    def setup(self) -> None:
+        self._queries: FactorBlock = self._shared.acquire(lambda: read_factor_block(self._path))
+        self._none = TopInfluences.empty(self._queries.example_ids, self._k, len(self._weights))
+
+    def start_bundle(self) -> None:
+        self._best = self._none
+
+    def process(self, block: FactorBlock) -> None:
+        self._best = merge_block(self._best, block, self._queries, self._weights)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        window = GlobalWindow()
+        yield WindowedValue(self._best, window.max_timestamp(), [window])
+
+
+def _merge_all(parts: Iterable[TopInfluences]) -> TopInfluences:
+    merged: TopInfluences | None = None
+    for part in parts:
+        merged = part if merged is None else merged.merge(part)
+    if merged is None:
+        raise ValueError("expected at least one TopInfluences to merge")
+    return merged

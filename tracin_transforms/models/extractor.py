@@ -1,0 +1,206 @@
+"""Gradient factors of a Keras model's last dense layer, at every checkpoint of a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.factors import (
+    FactorBlock,
+    GradientFactors,
+    LayerFactors,
+    check_finite,
+)
+from tracin_transforms.core.losses import LOSSES, LossValues, RowError
+from tracin_transforms.core.protocols import ExampleBatch
+from tracin_transforms.models.gradient_check import check_gradients
+from tracin_transforms.models.layers import LastDense, find_last_dense
+from tracin_transforms.models.loading import load_model
+
+# Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
+_CHECKED_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class KerasFactorExtractor:
+    """Describes the extraction of last-layer gradient factors.
+
+    Attributes:
+        series: The run's checkpoints, ``.keras`` files.
+        batch_size: Examples per call of the compiled model.
+    """
+
+    series: CheckpointSeries
+    batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch size is {self.batch_size}, expected at least 1")
+
+    def load(self) -> "LoadedKerasExtractor":
+        """Returns the extractor with all K models in memory.
+
+        Raises:
+            InputError: A checkpoint is not a model, or its model or loss is not supported.
+        """
+        return LoadedKerasExtractor(self)
+
+
+class LoadedKerasExtractor:
+    """The K models of a run, compiled up to the last dense layer.
+
+    The first batch is checked against automatic differentiation, see `check_gradients`.
+    """
+
+    def __init__(self, description: KerasFactorExtractor) -> None:
+        self._description = description
+        series = description.series
+        self._models = [_Model(checkpoint, series) for checkpoint in series.checkpoints]
+        self._checked = False
+
+    def extract(self, batch: ExampleBatch) -> FactorBlock:
+        """Returns the gradient factors of a batch at all checkpoints, in inference mode.
+
+        Raises:
+            InputError: The inputs do not fit the model, a label is out of range, a number is not
+                finite, or the factors differ from automatic differentiation.
+        """
+        if not self._checked:
+            self._check_first_examples(batch)
+            self._checked = True
+        return self._extract(batch)
+
+    def _extract(self, batch: ExampleBatch) -> FactorBlock:
+        _check_inputs_finite(batch)
+        gradients = []
+        values = []
+        for model in self._models:
+            activations, logits = model.forward(batch.inputs, self._description.batch_size)
+            found = model.loss_values(logits, batch)
+            values.append(found)
+            gradients.append(model.gradient_factors(activations, found))
+        return check_finite(
+            FactorBlock(
+                shard=batch.shard,
+                start=batch.start,
+                example_ids=batch.example_ids,
+                labels=values[-1].labels,
+                predictions=values[-1].predictions,
+                losses=np.stack([v.losses for v in values], axis=1).astype(np.float32),
+                gradients=tuple(gradients),
+            )
+        )
+
+    def _check_first_examples(self, batch: ExampleBatch) -> None:
+        few = ExampleBatch(
+            shard=batch.shard,
+            start=batch.start,
+            example_ids=batch.example_ids[:_CHECKED_EXAMPLES],
+            inputs=batch.inputs[:_CHECKED_EXAMPLES],
+            targets=batch.targets[:_CHECKED_EXAMPLES],
+        )
+        block = self._extract(few)
+        for model, gradient in zip(self._models, block.gradients, strict=True):
+            check_gradients(
+                model.model,
+                model.dense.layer,
+                self._description.series,
+                few,
+                gradient,
+            )
+
+
+class _Model:
+    """One checkpoint's model and the compiled function to its last dense layer."""
+
+    def __init__(self, checkpoint: Checkpoint, series: CheckpointSeries) -> None:
+        self.checkpoint = checkpoint
+        self.model = load_model(checkpoint)
+        self.dense: LastDense = find_last_dense(self.model, checkpoint.id)
+        self._loss = series.loss
+        self._compiled: dict[Any, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]] = {}
+        if self.dense.softmax == series.from_logits:
+            found = "a softmax" if self.dense.softmax else "no softmax"
+            wanted = "logits" if series.from_logits else "probabilities"
+            raise InputError(
+                f"checkpoint {checkpoint.id!r}: the model has {found} at its end, but the loss "
+                f"{series.loss!r} was recorded as taking {wanted} (from_logits is "
+                f"{str(series.from_logits).lower()}); correct 'from_logits' in checkpoints.json"
+            )
+
+    def forward(self, inputs: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns activations [n, d] and logits [n, C], float32."""
+        self._check_shape(inputs)
+        function = self._function(inputs.dtype)
+        parts = [
+            function(tf.constant(inputs[start : start + batch_size]))
+            for start in range(0, len(inputs), batch_size)
+        ]
+        activations = np.concatenate([part[0].numpy() for part in parts])
+        logits = np.concatenate([part[1].numpy() for part in parts])
+        return activations, logits
+
+    def loss_values(self, logits: np.ndarray, batch: ExampleBatch) -> LossValues:
+        if not np.isfinite(logits).all():
+            row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
+            raise InputError(
+                f"example {str(batch.example_ids[row])!r} gives non-finite logits at checkpoint "
+                f"{self.checkpoint.id!r}; check whether training had diverged by then"
+            )
+        try:
+            return LOSSES[self._loss](logits, batch.targets)
+        except RowError as error:
+            example = str(batch.example_ids[error.row])
+            raise InputError(f"example {example!r}: {error.problem}") from error
+
+    def gradient_factors(self, activations: np.ndarray, values: LossValues) -> GradientFactors:
+        layer = LayerFactors(
+            name=self.dense.layer.name,
+            activations=activations,
+            error_signals=values.error_signals.astype(np.float32),
+            has_bias=self.dense.layer.use_bias,
+        )
+        return GradientFactors(self.checkpoint.id, (layer,))
+
+    def _function(self, dtype: Any) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+        """Returns the compiled function for inputs of a dtype and any number of examples."""
+        if dtype not in self._compiled:
+            until_input, layer = self.dense.until_input, self.dense.layer
+            wanted = self.model.inputs[0]
+
+            def forward(inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                activations = until_input(tf.cast(inputs, wanted.dtype), training=False)
+                logits = tf.matmul(activations, layer.kernel)
+                return activations, logits + layer.bias if layer.use_bias else logits
+
+            signature = tf.TensorSpec([None, *wanted.shape[1:]], dtype)
+            self._compiled[dtype] = tf.function(forward, input_signature=[signature])
+        return self._compiled[dtype]
+
+    def _check_shape(self, inputs: np.ndarray) -> None:
+        wanted = tuple(self.model.inputs[0].shape[1:])
+        found = inputs.shape[1:]
+        fits = len(found) == len(wanted) and all(
+            size in (None, length) for size, length in zip(wanted, found, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"examples have inputs of shape {found}, but the model of checkpoint "
+                f"{self.checkpoint.id!r} takes {wanted}"
+            )
+
+
+def _check_inputs_finite(batch: ExampleBatch) -> None:
+    if batch.inputs.dtype.kind != "f":
+        return
+    finite = np.isfinite(batch.inputs.reshape(len(batch), -1)).all(axis=1)
+    if not finite.all():
+        example = str(batch.example_ids[np.flatnonzero(~finite)[0]])
+        raise InputError(
+            f"example {example!r} of shard {batch.shard!r} has a NaN or infinite input: "
+            "expected finite numbers"
+        )

@@ -1,5 +1,6 @@
 """Shards of examples to blocks of gradient factors."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,11 @@ class SharedExtractor:
         """Returns this process's loaded extractor; it is unloaded when nobody holds it."""
         loaded: LoadedExtractor = self._shared.acquire(self._extractor.load)
         return loaded
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[LoadedExtractor]:
+        """Keeps this process's extractor loaded for the time of a with block."""
+        yield self.acquire()
 
 
 @dataclasses.dataclass(eq=False)

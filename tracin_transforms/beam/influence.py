@@ -1,6 +1,7 @@
 """Blocks of gradient factors to the strongest proponents and opponents of each query."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.ranking import TopInfluences, merge_block
 from tracin_transforms.storage.factor_file import read_factor_block
+from tracin_transforms.storage.results import write_influence
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,8 +42,29 @@ class ScoreInfluence(beam.PTransform):
         return (
             blocks
             | "ScoreBlocks" >> beam.ParDo(_ScoreBlocks(self.queries, self.weights, self.k))
-            | "MergeTop" >> beam.CombineGlobally(_merge_all).without_defaults()
+            | "MergeTop" >> beam.CombineGlobally(_MergeTop()).without_defaults()
         )
+
+
+@dataclasses.dataclass(eq=False)
+class WriteInfluence(beam.PTransform):
+    """Writes the proponents and opponents of all queries as ``influence-*.parquet``.
+
+    Attributes:
+        queries: File with the queries' gradient factors.
+        directory: Where the files go.
+    """
+
+    queries: Path
+    directory: Path
+
+    def expand(self, top: beam.PCollection[TopInfluences]) -> beam.PCollection[None]:
+        """Wires the steps."""
+        return top | "WriteParquet" >> beam.Map(_write, self.queries, self.directory)
+
+
+def _write(top: TopInfluences, queries: Path, directory: Path) -> None:
+    write_influence(directory, top, read_factor_block(queries))
 
 
 class _ScoreBlocks(beam.DoFn):
@@ -66,10 +89,22 @@ class _ScoreBlocks(beam.DoFn):
         yield WindowedValue(self._best, window.max_timestamp(), [window])
 
 
-def _merge_all(parts: Iterable[TopInfluences]) -> TopInfluences:
-    merged: TopInfluences | None = None
-    for part in parts:
-        merged = part if merged is None else merged.merge(part)
-    if merged is None:
-        raise ValueError("expected at least one TopInfluences to merge")
-    return merged
+class _MergeTop(beam.CombineFn):
+    """Merges `TopInfluences`; None stands for "nothing yet", which needs no queries to exist."""
+
+    def create_accumulator(self) -> TopInfluences | None:
+        return None
+
+    def add_input(
+        self, accumulator: TopInfluences | None, element: TopInfluences
+    ) -> TopInfluences | None:
+        return element if accumulator is None else accumulator.merge(element)
+
+    def merge_accumulators(
+        self, accumulators: Iterable[TopInfluences | None]
+    ) -> TopInfluences | None:
+        found = [accumulator for accumulator in accumulators if accumulator is not None]
+        return functools.reduce(TopInfluences.merge, found) if found else None
+
+    def extract_output(self, accumulator: TopInfluences | None) -> TopInfluences | None:
+        return accumulator

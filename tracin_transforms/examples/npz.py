@@ -2,6 +2,7 @@
 
 import functools
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.example_ids import check_unique
 from tracin_transforms.core.protocols import ExampleBatch, Shard
 from tracin_transforms.storage.files import existing_file, sha256
-from tracin_transforms.storage.results import check_unique
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _read_arrays(
 
 def _load(file: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Returns the named arrays; nothing is unpickled."""
-    unreadable = (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error)  # type: ignore[attr-defined]
+    unreadable = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
     try:
         archive = np.load(file, allow_pickle=False)
     except unreadable as error:

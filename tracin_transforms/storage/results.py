@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.example_ids import check_unique
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.ranking import InfluenceRows, TopInfluences, rank_by_score
 from tracin_transforms.storage.files import written_atomically
@@ -122,17 +123,6 @@ def read_result(directory: Path, name: str) -> pa.Table:
     if not files:
         raise InputError(f"{str(directory)!r} has no {name}-*.parquet")
     return pa.concat_tables([pq.read_table(file) for file in files])
-
-
-def check_unique(example_ids: np.ndarray) -> None:
-    """Raises InputError if an example id occurs twice, naming the first such id."""
-    ids, counts = np.unique(example_ids, return_counts=True)
-    repeated = np.flatnonzero(counts > 1)
-    if len(repeated):
-        raise InputError(
-            f"example id {str(ids[repeated[0]])!r} occurs {counts[repeated[0]]} times "
-            f"({len(repeated)} ids are repeated): expected every example id once"
-        )
 
 
 def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) -> pa.Table:

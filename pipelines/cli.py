@@ -1,0 +1,95 @@
+"""The console script `tracin`: finds the command, runs it, turns errors into exit statuses."""
+
+import importlib
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+
+from pipelines.options import COMMANDS, parse
+from tracin_transforms.core.errors import InputError
+
+USAGE = """\
+usage: tracin COMMAND [options]
+
+Finds the training examples behind a Keras model's predictions (TracIn), as Beam pipelines.
+
+commands:
+{commands}
+
+tracin COMMAND --help lists a command's options.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `tracin` and returns its exit status.
+
+    Args:
+        argv: Arguments after the program's name; those of the process by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage(), end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"tracin: error: unknown command {command!r}\n\n{_usage()}", end="", file=sys.stderr)
+        return 2
+    try:
+        options, beam_args = parse(command, rest)
+    except SystemExit as end:
+        return int(end.code or 0)
+    _quieten()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        importlib.import_module(COMMANDS[command].module).run(options, beam_args)
+    except KeyboardInterrupt:
+        print(
+            "\ntracin: interrupted; nothing was written to the output. "
+            "Run the same command again to start over.",
+            file=sys.stderr,
+            flush=True,
+        )
+        # Threads of Beam and TensorFlow may still compute; nothing of theirs is wanted any more.
+        os._exit(130)
+    except OSError as error:
+        print(f"tracin: error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        message = _input_error(error)
+        if message is None:
+            raise
+        print(f"tracin: error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return USAGE.format(commands="\n".join(lines))
+
+
+def _input_error(error: Exception) -> str | None:
+    """Returns the message of an InputError, also of one that a Beam worker raised."""
+    text = str(error)
+    if not isinstance(error, InputError):
+        # From another process an exception arrives as the text of its traceback.
+        name = re.escape(f"{InputError.__module__}.{InputError.__qualname__}: ")
+        found = re.search(rf"^{name}(.*?)(?: \[while running|^\S|\Z)", text, re.M | re.S)
+        if found is None:
+            return None
+        text = found[1]
+    return re.sub(r" \[while running '.*", "", text, flags=re.S).strip()
+
+
+def _quieten() -> None:
+    """Keeps TensorFlow and Beam from telling about themselves on every start."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Beam logs a worker's exception with its traceback before it raises it to us, and warns of
+    # Google Cloud clients that a local run does not need.
+    logging.getLogger().addHandler(logging.NullHandler())
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)

@@ -1,0 +1,106 @@
+"""`tracin influence`: proponents and opponents of each query."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.execution import run_pipeline
+from pipelines.job import (
+    BLOCK_ROWS,
+    already_done,
+    describe_run,
+    keras_extractor,
+    open_inputs,
+    query_factors,
+    staged_output,
+)
+from tracin_transforms.beam.extract import ExtractFactors
+from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
+from tracin_transforms.examples.spec import parse_spec
+from tracin_transforms.storage.factor_file import write_factor_block
+from tracin_transforms.storage.files import local_path
+from tracin_transforms.storage.manifest import write_manifest
+from tracin_transforms.storage.results import read_result
+
+
+def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
+    """Runs the job.
+
+    Raises:
+        InputError: An input or the output directory cannot be used.
+    """
+    inputs, output = open_inputs(options), local_path(options.output)
+    query_source = parse_spec(options.queries)
+    query_source.shards()
+    described = describe_run("influence", inputs, queries=query_source.fingerprint(), k=options.k)
+    if already_done(output, described, options.overwrite):
+        return
+    extractor = keras_extractor(inputs, options.batch_size)
+    with extractor.loaded() as loaded, staged_output(output) as staging:
+        queries = query_factors(query_source, loaded)
+        factors = staging.work / "queries.npz"
+        write_factor_block(factors, queries)
+
+        def build(pipeline: beam.Pipeline) -> None:
+            _ = (
+                pipeline
+                | "Shards" >> beam.Create(inputs.shards)
+                | ExtractFactors(inputs.source, extractor, BLOCK_ROWS, staging.progress)
+                | ScoreInfluence(factors, inputs.weights, options.k)
+                | WriteInfluence(factors, staging.result)
+            )
+
+        run_pipeline(build, beam_args, staging.progress, inputs.count)
+        rows = read_result(staging.result, "influence")
+        fewer = _count_fewer(rows, options.k, len(queries))
+        write_manifest(
+            staging.result,
+            described,
+            {"examples": inputs.count, "queries": len(queries), "fewer_than_k": fewer},
+        )
+    print(_summary(rows, options.k, len(queries), fewer, output))
+
+
+def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
+    """Returns for each direction how many queries have fewer than k rows."""
+    full = rows.filter(pc.equal(rows["rank"], k))
+    return {
+        direction: queries - pc.sum(pc.equal(full["direction"], direction)).as_py()
+        if len(full)
+        else queries
+        for direction in ("proponent", "opponent")
+    }
+
+
+def _summary(rows: pa.Table, k: int, queries: int, fewer: dict[str, int], output: Path) -> str:
+    lines = [f"The {k} strongest proponents and opponents of each of {queries:,} queries."]
+    for row in rows.filter(pc.equal(rows["rank"], 1)).slice(0, 10).to_pylist():
+        lines.append(
+            f"  query {row['query_id']} (label {row['query_label']}, predicted "
+            f"{row['query_prediction']}): first {row['direction']} {row['example_id']} (label "
+            f"{row['label']}), influence {row['influence']:.4g}"
+        )
+    for direction, count in fewer.items():
+        if count:
+            lines.append(
+                f"{count:,} of {queries:,} queries have fewer than {k} {direction}s: no more "
+                "training examples have an influence of that sign on them."
+            )
+    return "\n".join(
+        [
+            *lines,
+            f"All of them: {output}/influence-*.parquet",
+            "Next: compare the labels of a misread query's proponents with what they show.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["influence", *sys.argv[1:]]))

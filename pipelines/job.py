@@ -1,0 +1,141 @@
+"""What every job over training examples does around its pipeline: inputs, output, manifest."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tracin_transforms.beam.extract import SharedExtractor
+from tracin_transforms.core.checkpoints import CheckpointSeries
+from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
+from tracin_transforms.core.protocols import ExampleSource, LoadedExtractor, Shard
+from tracin_transforms.examples.spec import parse_spec
+from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
+from tracin_transforms.storage.files import StagedDirectory, sha256
+from tracin_transforms.storage.manifest import is_finished
+
+# Rows that are extracted and scored together: large enough for matrix products at full speed.
+BLOCK_ROWS = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The validated inputs of a job.
+
+    Attributes:
+        series: The run's checkpoints.
+        weights: Weight of each, shape [K].
+        source: The training examples.
+        shards: Their shards.
+    """
+
+    series: CheckpointSeries
+    weights: np.ndarray
+    source: ExampleSource
+    shards: tuple[Shard, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of training examples."""
+        return sum(shard.count for shard in self.shards)
+
+
+def open_inputs(options: argparse.Namespace) -> Inputs:
+    """Reads and validates checkpoints.json and the training examples.
+
+    Raises:
+        InputError: Something is missing or inconsistent.
+    """
+    series = read_checkpoint_series(options.checkpoints)
+    weights = series.weights(options.checkpoint_weights)
+    source = parse_spec(options.examples)
+    return Inputs(series, weights, source, source.shards())
+
+
+def describe_run(command: str, inputs: Inputs, **more: Any) -> dict[str, Any]:
+    """Returns what determines a result, for its manifest. Batch and shard sizes do not."""
+    series = inputs.series
+    checkpoints = [
+        {"id": checkpoint.id, "step": checkpoint.step, "weight": weight, "sha256": sha256(path)}
+        for checkpoint, weight, path in zip(
+            series.checkpoints,
+            inputs.weights.tolist(),
+            [Path(checkpoint.path) for checkpoint in series.checkpoints],
+            strict=True,
+        )
+    ]
+    return {
+        "command": command,
+        "loss": series.loss,
+        "from_logits": series.from_logits,
+        "checkpoints": checkpoints,
+        "examples": inputs.source.fingerprint(),
+        **more,
+    }
+
+
+def already_done(output: Path, run: dict[str, Any], overwrite: bool) -> bool:
+    """Returns whether the output holds this very result, and says so.
+
+    Raises:
+        InputError: It holds something else and is not to be overwritten.
+    """
+    if overwrite or not is_finished(output, run):
+        return False
+    print(f"Already done: {output} holds the result of this command. Use --overwrite to redo it.")
+    return True
+
+
+def keras_extractor(inputs: Inputs, batch_size: int) -> SharedExtractor:
+    """Returns the extractor of the run's last dense layer."""
+    # TensorFlow takes seconds to import: bad inputs are reported before.
+    from tracin_transforms.models.extractor import KerasFactorExtractor
+
+    return SharedExtractor(KerasFactorExtractor(inputs.series, batch_size))
+
+
+def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBlock:
+    """Returns the gradient factors of all query examples, in their order."""
+    return concatenate_blocks(
+        [
+            extractor.extract(batch)
+            for shard in source.shards()
+            for batch in source.read(shard, BLOCK_ROWS)
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Directories of a job in progress.
+
+    Attributes:
+        result: Becomes the output directory.
+        work: For intermediate files.
+        progress: Where finished blocks are noted.
+    """
+
+    result: Path
+    work: Path
+    progress: Path
+
+
+@contextlib.contextmanager
+def staged_output(output: Path) -> Iterator[Staging]:
+    """Gives directories to fill; the result appears as `output` when the block succeeds.
+
+    Otherwise nothing remains.
+    """
+    result, work = StagedDirectory(output), StagedDirectory(output.with_name(f"{output.name}.work"))
+    try:
+        staging = Staging(result.create(), work.create(), work.path / "progress")
+        staging.progress.mkdir()
+        yield staging
+        result.publish()
+    finally:
+        result.discard()
+        work.discard()

@@ -1,0 +1,78 @@
+"""`tracin self-influence`: ranks the training examples by self-influence."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+
+from pipelines.execution import run_pipeline
+from pipelines.job import (
+    BLOCK_ROWS,
+    already_done,
+    describe_run,
+    keras_extractor,
+    open_inputs,
+    staged_output,
+)
+from tracin_transforms.beam.extract import ExtractFactors
+from tracin_transforms.beam.self_influence import ScoreSelfInfluence
+from tracin_transforms.storage.files import local_path
+from tracin_transforms.storage.manifest import write_manifest
+from tracin_transforms.storage.results import write_self_influence
+
+
+def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
+    """Runs the job.
+
+    Raises:
+        InputError: An input or the output directory cannot be used.
+    """
+    inputs, output = open_inputs(options), local_path(options.output)
+    described = describe_run("self-influence", inputs)
+    if already_done(output, described, options.overwrite):
+        return
+    extractor = keras_extractor(inputs, options.batch_size)
+    # Held from before the pipeline starts: a bad checkpoint is an error of this process, and
+    # workers that are threads of it find the models loaded.
+    with extractor.loaded(), staged_output(output) as staging:
+
+        def build(pipeline: beam.Pipeline) -> None:
+            _ = (
+                pipeline
+                | "Shards" >> beam.Create(inputs.shards)
+                | ExtractFactors(inputs.source, extractor, BLOCK_ROWS, staging.progress)
+                | ScoreSelfInfluence(inputs.weights, staging.work)
+            )
+
+        run_pipeline(build, beam_args, staging.progress, inputs.count)
+        ranking = write_self_influence(staging.work, staging.result, inputs.count)
+        write_manifest(staging.result, described, {"examples": inputs.count})
+    print(_summary(ranking.slice(0, 10).to_pylist(), inputs.count, output))
+
+
+def _summary(top: list[dict[str, Any]], count: int, output: Path) -> str:
+    lines = [
+        f"Self-influence of {count:,} training examples, highest first:",
+        f"  {'rank':>4}  {'self-influence':>14}  {'label':>5}  {'predicted':>9}  example",
+    ]
+    for row in top:
+        lines.append(
+            f"  {row['rank']:>4}  {row['self_influence']:>14.6g}  {row['label']:>5}  "
+            f"{row['prediction']:>9}  {row['example_id']}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            f"All of them, in this order: {output}/self_influence-*.parquet",
+            "Next: look at the first ones; wrong labels and odd examples gather there.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["self-influence", *sys.argv[1:]]))

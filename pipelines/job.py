@@ -2,6 +2,9 @@
 
 import argparse
 import contextlib
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +95,34 @@ def already_done(output: Path, run: dict[str, Any], overwrite: bool) -> bool:
 
 def keras_extractor(inputs: Inputs, batch_size: int) -> SharedExtractor:
     """Returns the extractor of the run's last dense layer."""
+    start_tensorflow()
     # TensorFlow takes seconds to import: bad inputs are reported before.
     from tracin_transforms.models.extractor import KerasFactorExtractor
 
     return SharedExtractor(KerasFactorExtractor(inputs.series, batch_size))
+
+
+def start_tensorflow() -> None:
+    """Imports TensorFlow and finds its devices, without what it prints on every start.
+
+    Its C++ code writes to the process's stderr whatever TF_CPP_MIN_LOG_LEVEL says. If something
+    goes wrong, all of it is shown.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            import tensorflow as tf
+
+            tf.config.list_physical_devices()
+        except BaseException:
+            captured.seek(0)
+            os.write(stderr, captured.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBlock:

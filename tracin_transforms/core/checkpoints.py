@@ -42,10 +42,10 @@ class Checkpoint:
             raise InputError(
                 f"checkpoint {self.id!r}: 'step' is {self.step!r}, expected a whole number >= 0"
             )
-        if self.learning_rate is not None and not _is_positive(self.learning_rate):
+        if self.learning_rate is not None and not _is_rate(self.learning_rate):
             raise InputError(
                 f"checkpoint {self.id!r}: 'learning_rate' is {self.learning_rate!r}, "
-                "expected a finite number > 0"
+                "expected a finite number >= 0"
             )
 
 
@@ -162,6 +162,6 @@ def _checkpoint_from_json(entry: Any, index: int) -> Checkpoint:
     )
 
 
-def _is_positive(value: Any) -> bool:
+def _is_rate(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+    return is_number and math.isfinite(value) and value >= 0

@@ -60,13 +60,20 @@ class CheckpointRecorder(keras.callbacks.Callback):
         self._loss = _training_loss(self.model)
         self._directory.mkdir(parents=True, exist_ok=True)
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes the learning rate, which another callback may change at the epoch's end."""
-        if self._batch_size is None:
-            self._batch_size = self._examples_so_far() // (batch + 1) or None
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes the learning rate of the epoch's last step, before the step.
+
+        Afterwards a schedule already gives the next step's, and another callback may have changed
+        it at the epoch's end.
+        """
         steps = self.params.get("steps")
         if steps is None or batch + 1 >= steps:
             self._learning_rate = float(self.model.optimizer.learning_rate)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes the batch size."""
+        if self._batch_size is None:
+            self._batch_size = self._examples_so_far() // (batch + 1) or None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the checkpoint, if one is due, and then ``checkpoints.json``."""

@@ -127,6 +127,7 @@ def bare_forward(work: Path) -> None:
         images = data["images"]
     paths = sorted((work / "run").glob("*.keras"))
     functions = []
+    tf.get_logger().setLevel("ERROR")
     for path in paths:
         model = keras.saving.load_model(path, compile=False)
         signature = [tf.TensorSpec([None, 28, 28], tf.uint8)]

@@ -19,7 +19,7 @@ from pipelines.job import (
     query_factors,
     staged_output,
 )
-from tracin_transforms.beam.extract import ExtractFactors
+from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
 from tracin_transforms.examples.spec import parse_spec
 from tracin_transforms.storage.factor_file import write_factor_block
@@ -40,9 +40,11 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
     described = describe_run("influence", inputs, queries=query_source.fingerprint(), k=options.k)
     if already_done(output, described, options.overwrite):
         return
-    extractor = keras_extractor(inputs, options.batch_size)
-    with extractor.loaded() as loaded, staged_output(output) as staging:
-        queries = query_factors(query_source, loaded)
+    extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
+    exact = keras_extractor(inputs.series, options.batch_size, float64=True)
+    queries = query_factors(query_source, exact.load())
+    # Held from before the pipeline starts, see self_influence.
+    with extractor.loaded(), staged_output(output) as staging:
         factors = staging.work / "queries.npz"
         write_factor_block(factors, queries)
 

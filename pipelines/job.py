@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from tracin_transforms.beam.extract import SharedExtractor
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
-from tracin_transforms.core.protocols import ExampleSource, LoadedExtractor, Shard
+from tracin_transforms.core.protocols import (
+    ExampleSource,
+    FactorExtractor,
+    LoadedExtractor,
+    Shard,
+)
 from tracin_transforms.examples.spec import parse_spec
 from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
 from tracin_transforms.storage.files import StagedDirectory, sha256
@@ -93,13 +97,15 @@ def already_done(output: Path, run: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def keras_extractor(inputs: Inputs, batch_size: int) -> SharedExtractor:
-    """Returns the extractor of the run's last dense layer."""
+def keras_extractor(
+    series: CheckpointSeries, batch_size: int, float64: bool = False
+) -> FactorExtractor:
+    """Returns the extractor of the run's last dense layer, see `KerasFactorExtractor`."""
     start_tensorflow()
     # TensorFlow takes seconds to import: bad inputs are reported before.
     from tracin_transforms.models.extractor import KerasFactorExtractor
 
-    return SharedExtractor(KerasFactorExtractor(inputs.series, batch_size))
+    return KerasFactorExtractor(series, batch_size, float64)
 
 
 def start_tensorflow() -> None:

@@ -17,7 +17,7 @@ from pipelines.job import (
     open_inputs,
     staged_output,
 )
-from tracin_transforms.beam.extract import ExtractFactors
+from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence
 from tracin_transforms.storage.files import local_path
 from tracin_transforms.storage.manifest import write_manifest
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
     described = describe_run("self-influence", inputs)
     if already_done(output, described, options.overwrite):
         return
-    extractor = keras_extractor(inputs, options.batch_size)
+    extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
     # Held from before the pipeline starts: a bad checkpoint is an error of this process, and
     # workers that are threads of it find the models loaded.
     with extractor.loaded(), staged_output(output) as staging:

@@ -19,7 +19,7 @@ from tracin_transforms.core.losses import LOSSES, LossValues, RowError
 from tracin_transforms.core.protocols import ExampleBatch
 from tracin_transforms.models.gradient_check import check_gradients
 from tracin_transforms.models.layers import LastDense, find_last_dense
-from tracin_transforms.models.loading import load_model
+from tracin_transforms.models.loading import in_float64, load_model
 
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
 _CHECKED_EXAMPLES = 4
@@ -32,10 +32,14 @@ class KerasFactorExtractor:
     Attributes:
         series: The run's checkpoints, ``.keras`` files.
         batch_size: Examples per call of the compiled model.
+        float64: Compute the models in float64 instead of their own float32. For queries: they
+            are few, and a well fitted query's gradient is no more exact than its logits are,
+            absolutely, so that in float32 it alone would limit what influences are good for.
     """
 
     series: CheckpointSeries
     batch_size: int = 512
+    float64: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -58,8 +62,9 @@ class LoadedKerasExtractor:
 
     def __init__(self, description: KerasFactorExtractor) -> None:
         self._description = description
-        series = description.series
-        self._models = [_Model(checkpoint, series) for checkpoint in series.checkpoints]
+        self._models = [
+            _Model(checkpoint, description) for checkpoint in description.series.checkpoints
+        ]
         self._checked = False
 
     def extract(self, batch: ExampleBatch) -> FactorBlock:
@@ -117,10 +122,14 @@ class LoadedKerasExtractor:
 class _Model:
     """One checkpoint's model and the compiled function to its last dense layer."""
 
-    def __init__(self, checkpoint: Checkpoint, series: CheckpointSeries) -> None:
+    def __init__(self, checkpoint: Checkpoint, description: KerasFactorExtractor) -> None:
+        series = description.series
         self.checkpoint = checkpoint
         self.model = load_model(checkpoint)
         self.dense: LastDense = find_last_dense(self.model, checkpoint.id)
+        if description.float64:
+            self.model = in_float64(self.model, checkpoint)
+            self.dense = find_last_dense(self.model, checkpoint.id, dtype="float64")
         self._loss = series.loss
         self._compiled: dict[Any, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]] = {}
         if self.dense.softmax == series.from_logits:
@@ -133,7 +142,7 @@ class _Model:
             )
 
     def forward(self, inputs: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns activations [n, d] and logits [n, C], float32."""
+        """Returns activations [n, d], float32, and logits [n, C], float64."""
         self._check_shape(inputs)
         function = self._function(inputs.dtype)
         parts = [
@@ -174,8 +183,14 @@ class _Model:
 
             def forward(inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 activations = until_input(tf.cast(inputs, wanted.dtype), training=False)
-                logits = tf.matmul(activations, layer.kernel)
-                return activations, logits + layer.bias if layer.use_bias else logits
+                # An error signal is as exact, relatively, as the logits are absolutely: in
+                # float32 this one product would lose as much as all layers before it.
+                logits = tf.matmul(
+                    tf.cast(activations, tf.float64), tf.cast(layer.kernel, tf.float64)
+                )
+                if layer.use_bias:
+                    logits += tf.cast(layer.bias, tf.float64)
+                return tf.cast(activations, tf.float32), logits
 
             signature = tf.TensorSpec([None, *wanted.shape[1:]], dtype)
             self._compiled[dtype] = tf.function(forward, input_signature=[signature])

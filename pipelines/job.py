@@ -122,6 +122,8 @@ def start_tensorflow() -> None:
             import tensorflow as tf
 
             tf.config.list_physical_devices()
+            # One compiled function for each checkpoint is what is wanted here.
+            tf.get_logger().setLevel("ERROR")
         except BaseException:
             captured.seek(0)
             os.write(stderr, captured.read())

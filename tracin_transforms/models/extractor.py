@@ -1,6 +1,7 @@
 """Gradient factors of a Keras model's last dense layer, at every checkpoint of a run."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,13 +76,11 @@ class LoadedKerasExtractor:
                 finite, or the factors differ from automatic differentiation.
         """
         _check_inputs_finite(batch)
-        gradients = []
-        values = []
-        for model in self._models:
-            activations, logits = model.forward(batch.inputs, self._description.batch_size)
-            found = model.loss_values(logits, batch)
-            values.append(found)
-            gradients.append(model.gradient_factors(activations, found))
+        # Two checkpoints at a time: while one is in a part that keeps a single core busy, in NumPy
+        # or in a layer that does not split, the other has the rest of the machine.
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            found = list(pool.map(lambda model: model.extract(batch), self._models))
+        values = [values for values, _ in found]
         block = check_finite(
             FactorBlock(
                 shard=batch.shard,
@@ -90,7 +89,7 @@ class LoadedKerasExtractor:
                 labels=values[-1].labels,
                 predictions=values[-1].predictions,
                 losses=np.stack([v.losses for v in values], axis=1).astype(np.float32),
-                gradients=tuple(gradients),
+                gradients=tuple(gradient for _, gradient in found),
             )
         )
         if not self._checked:
@@ -125,6 +124,7 @@ class _Model:
             self.model = in_float64(self.model, checkpoint)
             self.dense = find_last_dense(self.model, checkpoint.id, dtype="float64")
         self._loss = series.loss
+        self._batch_size = description.batch_size
         self._compiled: dict[Any, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]] = {}
         if self.dense.softmax == series.from_logits:
             found = "a softmax" if self.dense.softmax else "no softmax"
@@ -135,13 +135,19 @@ class _Model:
                 f"{str(series.from_logits).lower()}); correct 'from_logits' in checkpoints.json"
             )
 
-    def forward(self, inputs: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    def extract(self, batch: ExampleBatch) -> tuple[LossValues, GradientFactors]:
+        """Returns the batch's losses and gradient factors at this checkpoint."""
+        activations, logits = self.forward(batch.inputs)
+        values = self.loss_values(logits, batch)
+        return values, self.gradient_factors(activations, values)
+
+    def forward(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns activations [n, d], float32, and logits [n, C], float64."""
         self._check_shape(inputs)
         function = self._function(inputs.dtype)
         parts = [
-            function(tf.constant(inputs[start : start + batch_size]))
-            for start in range(0, len(inputs), batch_size)
+            function(tf.constant(inputs[start : start + self._batch_size]))
+            for start in range(0, len(inputs), self._batch_size)
         ]
         activations = np.concatenate([part[0].numpy() for part in parts])
         logits = np.concatenate([part[1].numpy() for part in parts])

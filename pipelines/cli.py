@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quieten()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        importlib.import_module(COMMANDS[command].module).run(options, beam_args)
+        print(importlib.import_module(COMMANDS[command].module).run(options, beam_args))
     except KeyboardInterrupt:
         print(
             "\ntracin: interrupted; nothing was written to the output. "

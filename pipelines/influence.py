@@ -28,8 +28,8 @@ from tracin_transforms.storage.manifest import write_manifest
 from tracin_transforms.storage.results import read_result
 
 
-def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
-    """Runs the job.
+def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
+    """Runs the job and returns its summary for the user.
 
     Raises:
         InputError: An input or the output directory cannot be used.
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
     query_source = parse_spec(options.queries)
     query_source.shards()
     described = describe_run("influence", inputs, queries=query_source.fingerprint(), k=options.k)
-    if already_done(output, described, options.overwrite):
-        return
+    if done := already_done(output, described, options.overwrite):
+        return done
     extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
     exact = keras_extractor(inputs.series, options.batch_size, float64=True)
     queries = query_factors(query_source, exact.load())
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
             described,
             {"examples": inputs.count, "queries": len(queries), "fewer_than_k": fewer},
         )
-    print(_summary(rows, options.k, len(queries), fewer, output))
+    return _summary(rows, options.k, len(queries), fewer, output)
 
 
 def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:

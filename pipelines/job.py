@@ -85,16 +85,15 @@ def describe_run(command: str, inputs: Inputs, **more: Any) -> dict[str, Any]:
     }
 
 
-def already_done(output: Path, run: dict[str, Any], overwrite: bool) -> bool:
-    """Returns whether the output holds this very result, and says so.
+def already_done(output: Path, run: dict[str, Any], overwrite: bool) -> str | None:
+    """Returns what to tell the user if the output holds this very result, else None.
 
     Raises:
         InputError: It holds something else and is not to be overwritten.
     """
     if overwrite or not is_finished(output, run):
-        return False
-    print(f"Already done: {output} holds the result of this command. Use --overwrite to redo it.")
-    return True
+        return None
+    return f"Already done: {output} holds the result of this command. --overwrite computes it anew."
 
 
 def keras_extractor(

@@ -17,7 +17,7 @@ class Command:
     """A subcommand of `tracin`.
 
     Attributes:
-        module: Module with ``run(options, beam_args)``.
+        module: Module with ``run(options, beam_args)``, which returns a summary to print.
         summary: One line for `tracin --help`.
         description: For the command's own --help.
         add_options: Adds its options to a parser.

@@ -24,16 +24,16 @@ from tracin_transforms.storage.manifest import write_manifest
 from tracin_transforms.storage.results import write_self_influence
 
 
-def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
-    """Runs the job.
+def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
+    """Runs the job and returns its summary for the user.
 
     Raises:
         InputError: An input or the output directory cannot be used.
     """
     inputs, output = open_inputs(options), local_path(options.output)
     described = describe_run("self-influence", inputs)
-    if already_done(output, described, options.overwrite):
-        return
+    if done := already_done(output, described, options.overwrite):
+        return done
     extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
     # Held from before the pipeline starts: a bad checkpoint is an error of this process, and
     # workers that are threads of it find the models loaded.
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> None:
         run_pipeline(build, beam_args, staging.progress, inputs.count)
         ranking = write_self_influence(staging.work, staging.result, inputs.count)
         write_manifest(staging.result, described, {"examples": inputs.count})
-    print(_summary(ranking.slice(0, 10).to_pylist(), inputs.count, output))
+    return _summary(ranking.slice(0, 10).to_pylist(), inputs.count, output)
 
 
 def _summary(top: list[dict[str, Any]], count: int, output: Path) -> str:

@@ -43,7 +43,7 @@ SEED = 0
 TRAININGS = 3
 QUERIES = 8
 SHOWN = 6
-TOP = 30
+TOP = 32
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
@@ -138,6 +138,7 @@ def _collect(digits: Digits, directory: Path) -> DemoResults:
         before=[accuracy(train(digits.images, digits.labels, s), digits) for s in seeds],
         after=[accuracy(train(digits.images, corrected, s), digits) for s in seeds],
         corrected=int((corrected != digits.labels).sum()),
+        test_size=len(digits.test_ids),
     )
 
 

@@ -64,6 +64,7 @@ class DemoResults:
         before: Test accuracy of each training on the labels as given.
         after: Test accuracy of each training on the corrected labels.
         corrected: Number of labels corrected.
+        test_size: Number of test digits.
     """
 
     series: CheckpointSeries
@@ -73,6 +74,7 @@ class DemoResults:
     before: Sequence[float]
     after: Sequence[float]
     corrected: int
+    test_size: int
 
 
 def shares_found(ranking: Ranking) -> list[float]:

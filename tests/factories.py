@@ -1,0 +1,130 @@
+"""Small random inputs, and a NumPy stand-in for the models, shared by the tests."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
+from tracin_transforms.core.losses import softmax_cross_entropy
+from tracin_transforms.core.protocols import ExampleBatch, Shard
+
+CLASSES, WIDTH, CHECKPOINTS = 4, 6, 3
+WEIGHTS = np.array([0.5, 0.2, 0.1])
+
+
+def random_block(
+    rng: np.random.Generator,
+    n: int,
+    prefix: str = "z",
+    has_bias: bool = True,
+    layers: int = 1,
+    shard: str = "s",
+) -> FactorBlock:
+    """Returns a block of random factors with ids ``z00000``, ``z00001``, ..."""
+    return FactorBlock(
+        shard=shard,
+        start=0,
+        example_ids=np.array([f"{prefix}{i:05d}" for i in range(n)], dtype=str),
+        labels=rng.integers(0, CLASSES, n).astype(np.int32),
+        predictions=rng.integers(0, CLASSES, n).astype(np.int32),
+        losses=rng.random((n, CHECKPOINTS), dtype=np.float32),
+        gradients=tuple(
+            GradientFactors(
+                f"epoch-{k}",
+                tuple(
+                    LayerFactors(
+                        f"dense-{i}",
+                        rng.standard_normal((n, WIDTH + i)).astype(np.float32),
+                        rng.standard_normal((n, CLASSES)).astype(np.float32),
+                        has_bias,
+                    )
+                    for i in range(layers)
+                ),
+            )
+            for k in range(CHECKPOINTS)
+        ),
+    )
+
+
+def materialised_gradients(block: FactorBlock) -> np.ndarray:
+    """Returns each example's whole gradient at each checkpoint, shape [K, n, parameters]."""
+    checkpoints = []
+    for gradient in block.gradients:
+        parts = []
+        for layer in gradient.layers:
+            activations = layer.activations.astype(np.float64)
+            if layer.has_bias:
+                activations = np.hstack([activations, np.ones((len(activations), 1))])
+            outer = activations[:, :, None] * layer.error_signals.astype(np.float64)[:, None, :]
+            parts.append(outer.reshape(len(activations), -1))
+        checkpoints.append(np.hstack(parts))
+    return np.stack(checkpoints)
+
+
+def split(block: FactorBlock, pieces: int) -> list[FactorBlock]:
+    """Returns the block's rows in several blocks."""
+    return [block.rows(rows) for rows in np.array_split(np.arange(len(block)), pieces)]
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Random examples in a given number of shards; the examples do not depend on it."""
+
+    n: int
+    number_of_shards: int
+    seed: int = 0
+    prefix: str = "z"
+
+    def shards(self) -> tuple[Shard, ...]:
+        edges = np.linspace(0, self.n, self.number_of_shards + 1).astype(int).tolist()
+        return tuple(
+            Shard(f"shard-{i}", start, end - start)
+            for i, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        )
+
+    def read(self, shard: Shard, batch_size: int) -> Iterator[ExampleBatch]:
+        rng = np.random.default_rng(self.seed)
+        inputs = rng.standard_normal((self.n, WIDTH)).astype(np.float32)
+        targets = rng.integers(0, CLASSES, self.n)
+        ids = np.array([f"{self.prefix}{i:05d}" for i in range(self.n)])
+        for start in range(shard.start, shard.start + shard.count, batch_size):
+            rows = slice(start, min(start + batch_size, shard.start + shard.count))
+            yield ExampleBatch(
+                shard.name, start - shard.start, ids[rows], inputs[rows], targets[rows]
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"n": self.n, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class LinearExtractor:
+    """K random linear models: the activations are the inputs. Needs neither Keras nor files."""
+
+    seed: int = 1
+
+    def load(self) -> "LinearExtractor":
+        return self
+
+    def extract(self, batch: ExampleBatch) -> FactorBlock:
+        rng = np.random.default_rng(self.seed)
+        values, gradients = [], []
+        for k in range(CHECKPOINTS):
+            kernel = rng.standard_normal((WIDTH, CLASSES))
+            found = softmax_cross_entropy(batch.inputs.astype(np.float64) @ kernel, batch.targets)
+            values.append(found)
+            layer = LayerFactors(
+                "dense", batch.inputs, found.error_signals.astype(np.float32), has_bias=True
+            )
+            gradients.append(GradientFactors(f"epoch-{k}", (layer,)))
+        return FactorBlock(
+            shard=batch.shard,
+            start=batch.start,
+            example_ids=batch.example_ids,
+            labels=values[-1].labels,
+            predictions=values[-1].predictions,
+            losses=np.stack([v.losses for v in values], axis=1).astype(np.float32),
+            gradients=tuple(gradients),
+        )

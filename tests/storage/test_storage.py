@@ -1,0 +1,227 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.factories import CHECKPOINTS, WEIGHTS, random_block, split
+from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.influence import self_influence
+from tracin_transforms.core.ranking import TopInfluences, merge_block
+from tracin_transforms.storage.checkpoint_series import (
+    read_checkpoint_series,
+    write_checkpoint_series,
+)
+from tracin_transforms.storage.factor_file import read_factor_block, write_factor_block
+from tracin_transforms.storage.files import (
+    StagedDirectory,
+    existing_file,
+    local_path,
+    sha256,
+    written_atomically,
+)
+from tracin_transforms.storage.manifest import is_finished, read_manifest, write_manifest
+from tracin_transforms.storage.results import (
+    read_result,
+    write_influence,
+    write_scores,
+    write_self_influence,
+)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_atomically(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_published_directory_replaces_the_old_one(tmp_path):
+    output = tmp_path / "out"
+    for content in ("first", "second"):
+        staged = StagedDirectory(output)
+        (staged.create() / "file").write_text(content)
+        staged.publish()
+        staged.discard()
+    assert (output / "file").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_paths_that_cannot_be_used(tmp_path):
+    with pytest.raises(InputError, match=r"'gs://bucket/x': only local paths"):
+        local_path("gs://bucket/x")
+    with pytest.raises(InputError, match=r"model '.*nothing' does not exist: expected a file"):
+        existing_file(tmp_path / "nothing", "model")
+    with pytest.raises(InputError, match="is a directory: expected a file"):
+        existing_file(tmp_path, "model")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        StagedDirectory(tmp_path / "file" / "output").create()
+
+
+def test_sha256_of_a_known_text(tmp_path):
+    (tmp_path / "abc").write_text("abc")
+    assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def test_manifest_says_whether_the_run_is_the_same(tmp_path):
+    output = tmp_path / "out"
+    run = {"command": "influence", "k": 20, "checkpoints": [{"id": "a"}]}
+    assert not is_finished(output, run)
+    output.mkdir()
+    assert not is_finished(output, run)
+    write_manifest(output, run, {"examples": 3})
+
+    assert is_finished(output, {**run, "checkpoints": ({"id": "a"},)})
+    assert read_manifest(output)["summary"] == {"examples": 3}
+    assert read_manifest(output)["versions"]["numpy"] == np.__version__
+    with pytest.raises(InputError, match="another run: k is 20 there and 10 here.*--overwrite"):
+        is_finished(output, {**run, "k": 10})
+
+
+def test_outputs_that_are_not_ours_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no result"):
+        is_finished(tmp_path, {})
+    with pytest.raises(InputError, match="is a file: expected a directory"):
+        is_finished(tmp_path / "notes.txt", {})
+    with pytest.raises(InputError, match="has no manifest.json"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="not a manifest of format 1"):
+        read_manifest(tmp_path)
+
+
+SERIES = CheckpointSeries(
+    (Checkpoint("epoch-1", "one.keras", 0.1, 10, 1, 0.5),),
+    "sparse_categorical_crossentropy",
+    True,
+    32,
+    "sgd",
+)
+
+
+def test_checkpoint_series_round_trip(tmp_path):
+    (tmp_path / "one.keras").write_text("model")
+    write_checkpoint_series(tmp_path, SERIES)
+    series = read_checkpoint_series(tmp_path)
+
+    assert series.checkpoints[0].path == str(tmp_path / "one.keras")
+    assert series.optimizer == "sgd"
+    assert json.loads((tmp_path / "checkpoints.json").read_text())["checkpoints"][0]["path"] == (
+        "one.keras"
+    )
+
+
+def test_runs_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match=r"no checkpoints\.json.*CheckpointRecorder"):
+        read_checkpoint_series(tmp_path)
+    write_checkpoint_series(tmp_path, SERIES)
+    with pytest.raises(InputError, match="checkpoint 'epoch-1': file .*one.keras' does not exist"):
+        read_checkpoint_series(tmp_path)
+    (tmp_path / "checkpoints.json").write_text("{]")
+    with pytest.raises(InputError, match=r"checkpoints\.json' is not JSON"):
+        read_checkpoint_series(tmp_path)
+    (tmp_path / "checkpoints.json").write_text('{"format": 1}')
+    with pytest.raises(InputError, match=r"checkpoints\.json': field 'loss' is missing"):
+        read_checkpoint_series(tmp_path)
+
+
+def test_factor_block_round_trip(tmp_path):
+    block = random_block(np.random.default_rng(0), 5, layers=2)
+    write_factor_block(tmp_path / "block.npz", block)
+    read = read_factor_block(tmp_path / "block.npz")
+
+    assert read.checkpoint_ids == block.checkpoint_ids
+    np.testing.assert_array_equal(read.example_ids, block.example_ids)
+    np.testing.assert_array_equal(read.losses, block.losses)
+    for a, b in zip(read.gradients, block.gradients, strict=True):
+        for x, y in zip(a.layers, b.layers, strict=True):
+            assert (x.name, x.has_bias) == (y.name, y.has_bias)
+            np.testing.assert_array_equal(x.activations, y.activations)
+            np.testing.assert_array_equal(x.error_signals, y.error_signals)
+
+
+def _write_all(directory, blocks, expected):
+    for start, block in enumerate(blocks):
+        block = block.__class__(**{**vars(block), "start": start})
+        write_scores(directory, block, self_influence(block, WEIGHTS))
+    return write_self_influence(directory, directory, expected)
+
+
+def test_self_influence_files(tmp_path):
+    block = random_block(np.random.default_rng(1), 20)
+    _write_all(tmp_path, split(block, 3), 20)
+    own = self_influence(block, WEIGHTS)
+    order = np.argsort(-own.sum(axis=1))
+
+    table = pq.read_table(tmp_path / "self_influence-00000-of-00001.parquet")
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "rank": "int64",
+        "example_id": "string",
+        "label": "int32",
+        "prediction": "int32",
+        "loss": "float",
+        "self_influence": "double",
+        "per_checkpoint": "list<element: double>",
+    }
+    assert table["rank"].to_pylist() == list(range(1, 21))
+    assert table["example_id"].to_pylist() == block.example_ids[order].tolist()
+    assert table["label"].to_pylist() == block.labels[order].tolist()
+    assert table["loss"].to_pylist() == block.losses[order, -1].tolist()
+    np.testing.assert_allclose(table["per_checkpoint"].to_pylist(), own[order], rtol=1e-15)
+    np.testing.assert_allclose(table["self_influence"], own.sum(axis=1)[order], rtol=1e-15)
+
+
+def test_ids_that_occur_twice_and_lost_examples_are_found(tmp_path):
+    block = random_block(np.random.default_rng(2), 4)
+    with pytest.raises(InputError, match="'z00000' occurs 2 times"):
+        _write_all(tmp_path, [block, block.rows(np.array([0]))], 5)
+    with pytest.raises(RuntimeError, match="5 of 6 examples were scored"):
+        write_self_influence(tmp_path, tmp_path, 6)
+
+
+def test_influence_files(tmp_path):
+    rng = np.random.default_rng(3)
+    block, queries = random_block(rng, 30), random_block(rng, 3, "q")
+    top = merge_block(
+        TopInfluences.empty(queries.example_ids, 4, CHECKPOINTS), block, queries, WEIGHTS
+    )
+    write_influence(tmp_path, top, queries)
+
+    table = read_result(tmp_path, "influence")
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "query_id": "string",
+        "query_label": "int32",
+        "query_prediction": "int32",
+        "direction": "string",
+        "rank": "int32",
+        "example_id": "string",
+        "label": "int32",
+        "prediction": "int32",
+        "influence": "double",
+        "per_checkpoint": "list<element: double>",
+    }
+    rows = table.to_pylist()
+    assert [(r["query_id"], r["direction"], r["rank"]) for r in rows] == [
+        (query, direction, rank)
+        for query in queries.example_ids
+        for direction in ("proponent", "opponent")
+        for rank in (1, 2, 3, 4)
+    ]
+    assert [r["example_id"] for r in rows[:4]] == top.proponents.example_ids[:4].tolist()
+    assert all(r["influence"] == pytest.approx(sum(r["per_checkpoint"])) for r in rows)
+    assert all((r["influence"] > 0) == (r["direction"] == "proponent") for r in rows)
+    assert rows[-1]["query_label"] == queries.labels[2]
+
+
+def test_a_result_without_files_is_refused(tmp_path):
+    with pytest.raises(InputError, match="has no influence"):
+        read_result(tmp_path, "influence")

@@ -4,7 +4,6 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
 from tests.factories import CHECKPOINTS, WEIGHTS, ArraySource, LinearExtractor
@@ -106,7 +105,7 @@ def test_blocks_are_no_larger_than_asked_for_and_noted(tmp_path):
         assert sorted(len(block) for block in blocks) == [15, 15, 60, 60]
 
     extract = ExtractFactors(ArraySource(N, 2), SharedExtractor(EXTRACTOR), 60, tmp_path)
-    with TestPipeline(runner="FnApiRunner") as pipeline:
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
         assert_that(pipeline | beam.Create(ArraySource(N, 2).shards()) | extract, check)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "shard-0-000000000000-60",

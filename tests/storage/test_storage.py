@@ -30,12 +30,17 @@ from tracin_transforms.storage.results import (
 )
 
 
+def _fail_halfway(path):
+    with written_atomically(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), written_atomically(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError, match="disk full"):
+        _fail_halfway(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -131,19 +131,23 @@ def _read_arrays(
     return _Arrays(inputs, targets, example_ids)
 
 
+# What NumPy raises for files that are not whole, or hold more than plain arrays.
+_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
 def _load(file: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Returns the named arrays; nothing is unpickled."""
-    unreadable = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
-    try:
-        archive = np.load(file, allow_pickle=False)
-    except unreadable as error:
-        raise InputError(
-            f"{str(file)!r} is not a NumPy archive, or truncated: expected an .npz file as "
-            f"written by numpy.savez ({error})"
-        ) from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise InputError(f"{str(file)!r} holds a single array: expected an .npz file")
-    with archive:
+    # Opened here because NumPy leaves a file open that it cannot read.
+    with file.open("rb") as opened:
+        try:
+            archive = np.load(opened, allow_pickle=False)
+        except _UNREADABLE as error:
+            raise InputError(
+                f"{str(file)!r} is not a NumPy archive, or truncated: expected an .npz file as "
+                f"written by numpy.savez ({error})"
+            ) from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{str(file)!r} holds a single array: expected an .npz file")
         for name in names:
             if name not in archive.files:
                 raise InputError(
@@ -152,7 +156,7 @@ def _load(file: Path, names: list[str]) -> dict[str, np.ndarray]:
                 )
         try:
             return {name: archive[name] for name in names}
-        except unreadable as error:
+        except _UNREADABLE as error:
             raise InputError(
                 f"{str(file)!r}: an array cannot be read: expected plain numbers or strings in a "
                 f"complete file ({error})"

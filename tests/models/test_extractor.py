@@ -1,0 +1,229 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.models.conftest import SPARSE, batch_of, conv_model, image_batch, save_series
+from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.models import gradient_check
+from tracin_transforms.models.extractor import KerasFactorExtractor
+from tracin_transforms.models.loading import in_float64, load_model
+
+ONE_HOT = "categorical_crossentropy"
+ENDS = [("linear", True), ("dense softmax", False), ("softmax layer", False)]
+ENDS.append(("activation layer", False))
+
+
+def _automatic_gradients(model, loss, batch):
+    """Per-example gradients of the layer `logits` in float64, without this project's formulas."""
+    layer = model.get_layer("logits")
+    variables = layer.trainable_variables
+    function = getattr(keras.losses, loss)
+    rows = []
+    for row in range(len(batch)):
+        with tf.GradientTape() as tape:
+            outputs = model(tf.cast(batch.inputs[row : row + 1], model.inputs[0].dtype))
+            from_logits = layer is model.layers[-1] and layer.activation.__name__ == "linear"
+            value = function(
+                tf.convert_to_tensor(batch.targets[row : row + 1]), outputs, from_logits=from_logits
+            )
+        rows.append([g.numpy() for g in tape.gradient(value, [v.value for v in variables])])
+    return rows
+
+
+@pytest.mark.parametrize(("end", "from_logits"), ENDS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("loss", [SPARSE, ONE_HOT])
+def test_factors_equal_float64_automatic_differentiation(tmp_path, end, from_logits, bias, loss):
+    models = [conv_model(end, bias) for _ in range(2)]
+    series = save_series(tmp_path, models, loss, from_logits)
+    batch = image_batch(one_hot=loss == ONE_HOT)
+    block = KerasFactorExtractor(series, batch_size=16).load().extract(batch)
+
+    for checkpoint, gradient in zip(series.checkpoints, block.gradients, strict=True):
+        exact = in_float64(load_model(checkpoint), checkpoint)
+        layer = gradient.layers[0]
+        assert layer.has_bias == bias
+        expected = _automatic_gradients(exact, loss, batch)
+        largest = max(np.abs(e[0]).max() for e in expected)
+        for row, parts in enumerate(expected):
+            kernel = np.outer(layer.activations[row], layer.error_signals[row])
+            assert np.abs(kernel - parts[0]).max() <= 1e-5 * largest
+            if bias:
+                assert np.abs(layer.error_signals[row] - parts[1]).max() <= 1e-5 * largest
+
+
+def test_losses_labels_and_predictions_are_those_of_keras(tmp_path):
+    model = conv_model()
+    series = save_series(tmp_path, [conv_model(), model])
+    batch = image_batch()
+    block = KerasFactorExtractor(series).load().extract(batch)
+    logits = model.predict(batch.inputs, verbose=0)
+    losses = keras.losses.sparse_categorical_crossentropy(batch.targets, logits, from_logits=True)
+
+    assert block.labels.tolist() == batch.targets.tolist()
+    assert block.predictions.tolist() == logits.argmax(axis=1).tolist()
+    np.testing.assert_allclose(block.losses[:, 1], losses, rtol=1e-5)
+    assert block.checkpoint_ids == ("epoch-0", "epoch-1")
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_batch_size_does_not_matter(tmp_path, batch_size):
+    series = save_series(tmp_path, [conv_model()])
+    batch = image_batch()
+    whole = KerasFactorExtractor(series, 1000).load().extract(batch).gradients[0].layers[0]
+    parts = KerasFactorExtractor(series, batch_size).load().extract(batch).gradients[0].layers[0]
+
+    np.testing.assert_allclose(parts.activations, whole.activations, atol=1e-6)
+    np.testing.assert_allclose(parts.error_signals, whole.error_signals, atol=1e-6)
+
+
+def test_float64_agrees_and_is_exact_to_the_last_digit_stored(tmp_path):
+    series = save_series(tmp_path, [conv_model()])
+    batch = image_batch()
+    single = KerasFactorExtractor(series).load().extract(batch).gradients[0].layers[0]
+    double = KerasFactorExtractor(series, float64=True).load().extract(batch).gradients[0].layers[0]
+    checkpoint = series.checkpoints[0]
+    exact = in_float64(load_model(checkpoint), checkpoint)
+    logits = exact.predict(batch.inputs.astype(np.float64), verbose=0)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    np.testing.assert_allclose(single.error_signals, double.error_signals, atol=1e-6)
+    expected = probabilities - np.eye(5)[batch.targets]
+    np.testing.assert_allclose(double.error_signals, expected, rtol=2e-7)
+
+
+def test_integer_images_are_cast_as_keras_does(tmp_path):
+    series = save_series(tmp_path, [conv_model()])
+    images = np.random.default_rng(0).integers(0, 9, (10, 6, 6, 2)).astype(np.uint8)
+    targets = np.zeros(10, int)
+    extractor = KerasFactorExtractor(series).load()
+    integer = extractor.extract(batch_of(images, targets))
+    floating = extractor.extract(batch_of(images.astype(np.float32), targets))
+
+    np.testing.assert_array_equal(integer.losses, floating.losses)
+
+
+def _functional(*tail, inputs=1, outputs=1):
+    source = [keras.Input((3,)) for _ in range(inputs)]
+    x = keras.layers.Dense(4, activation="relu")(sum(source[1:], source[0]))
+    for layer in tail:
+        x = layer(x)
+    return keras.Model(source, [x] * outputs if outputs > 1 else x)
+
+
+class _Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(5)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_functional_models_are_taken(tmp_path):
+    series = save_series(tmp_path, [_functional(keras.layers.Dense(5))])
+    batch = batch_of(np.ones((3, 3), np.float32), np.arange(3))
+    assert len(KerasFactorExtractor(series).load().extract(batch)) == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "from_logits", "message"),
+    [
+        (lambda: _functional(keras.layers.Dense(5), keras.layers.ReLU()), True, "ends in ReLU"),
+        (lambda: _functional(keras.layers.Dense(5, "relu")), True, "activations .*'relu'"),
+        (
+            lambda: _functional(keras.layers.Dense(5, "softmax"), keras.layers.Softmax()),
+            False,
+            "at most one softmax",
+        ),
+        (lambda: _functional(keras.layers.Dense(5), inputs=2), True, "2 inputs and 1 outputs"),
+        (lambda: _functional(keras.layers.Dense(5), outputs=2), True, "1 inputs and 2 outputs"),
+        (
+            lambda: _functional(keras.layers.Reshape((2, 2)), keras.layers.Dense(5)),
+            True,
+            r"input of shape \(None, 2, 2\): expected \[examples, width\]",
+        ),
+        (
+            lambda: _functional(keras.layers.Dense(5, dtype="mixed_bfloat16")),
+            True,
+            r"computes in \['bfloat16', 'float32'\]",
+        ),
+        (lambda: conv_model("linear"), False, "no softmax at its end.*taking probabilities"),
+        (lambda: conv_model("dense softmax"), True, "a softmax at its end.*taking logits"),
+    ],
+)
+def test_models_that_are_not_supported_are_refused(tmp_path, model, from_logits, message):
+    series = save_series(tmp_path, [model()], from_logits=from_logits)
+    with pytest.raises(InputError, match=f"checkpoint 'epoch-0'.*{message}"):
+        KerasFactorExtractor(series).load()
+
+
+def test_files_that_are_not_models_are_refused(tmp_path):
+    lambda_model = _functional(keras.layers.Lambda(lambda x: x * 2), keras.layers.Dense(5))
+    series = save_series(tmp_path, [lambda_model])
+    with pytest.raises(InputError, match="'epoch-0'.*safe mode.*[Ll]ambda"):
+        KerasFactorExtractor(series).load()
+    path = tmp_path / "text.keras"
+    path.write_text("not a model")
+    series = CheckpointSeries((Checkpoint("bad", str(path), 0.1, 1),), SPARSE, True)
+    with pytest.raises(InputError, match=r"checkpoint 'bad': '.*text.keras' cannot be loaded"):
+        KerasFactorExtractor(series).load()
+
+
+def test_subclassed_models_are_refused(tmp_path):
+    model = keras.saving.register_keras_serializable("tests")(_Subclassed)()
+    model(np.ones((1, 3), np.float32))
+    series = save_series(tmp_path, [model])
+    with pytest.raises(InputError, match="is a _Subclassed: expected a functional or sequential"):
+        KerasFactorExtractor(series).load()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": np.zeros((4, 6, 6), np.float32)}, r"shape \(6, 6\), but .* takes \(6, 6, 2\)"),
+        ({"targets": np.array([0, 1, 2, 5])}, "example 'z003': label 5 is out of range"),
+        ({"targets": np.array([0, 1, -2, 4])}, "example 'z002': label -2 is out of range"),
+        ({"targets": np.zeros(4)}, "labels have shape"),
+    ],
+)
+def test_examples_that_do_not_fit_are_named(tmp_path, change, message):
+    extractor = KerasFactorExtractor(save_series(tmp_path, [conv_model()])).load()
+    fields = {"inputs": np.zeros((4, 6, 6, 2), np.float32), "targets": np.arange(4), **change}
+    with pytest.raises(InputError, match=message):
+        extractor.extract(batch_of(**fields))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_inputs_are_named(tmp_path, value):
+    extractor = KerasFactorExtractor(save_series(tmp_path, [conv_model()])).load()
+    batch = image_batch(5)
+    batch.inputs[3, 2, 2, 1] = value
+    with pytest.raises(InputError, match="example 'z003' of shard 'shard-0' has a NaN or infinite"):
+        extractor.extract(batch)
+
+
+def test_weights_that_diverged_name_the_checkpoint(tmp_path):
+    model = conv_model()
+    model.get_layer("logits").kernel.assign(np.full((7, 5), np.nan))
+    extractor = KerasFactorExtractor(save_series(tmp_path, [conv_model(), model])).load()
+    with pytest.raises(InputError, match="'z000' gives non-finite logits at checkpoint 'epoch-1'"):
+        extractor.extract(image_batch(5))
+
+
+def test_a_wrong_factor_is_noticed_at_load(tmp_path, monkeypatch):
+    """The check compares with what Keras computes: here with another loss than the factors'."""
+    series = save_series(tmp_path, [conv_model()])
+    wrong = keras.losses.CategoricalHinge(reduction="none")
+    monkeypatch.setattr(
+        gradient_check, "keras_loss", lambda _: lambda t, y: wrong(tf.one_hot(t, 5), y)
+    )
+    with pytest.raises(InputError, match=r"gradients of layer 'logits'.*differ from automatic"):
+        KerasFactorExtractor(series).load().extract(image_batch())
+
+
+def test_batch_sizes_below_one_are_refused(tmp_path):
+    with pytest.raises(InputError, match="batch size is 0"):
+        KerasFactorExtractor(save_series(tmp_path, [conv_model()]), 0)

@@ -1,0 +1,139 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.models.recorder import CheckpointRecorder
+from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
+
+X = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+Y = np.random.default_rng(1).integers(0, 4, 50)
+
+
+def _model(loss=None, learning_rate=0.1, softmax=False, optimizer=None):
+    keras.utils.set_random_seed(0)
+    activation = "softmax" if softmax else None
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation)])
+    model.compile(
+        optimizer or keras.optimizers.SGD(learning_rate),
+        loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+def _fit(model, recorder, epochs=6, **kwargs):
+    return model.fit(X, Y, batch_size=16, epochs=epochs, verbose=0, callbacks=[recorder], **kwargs)
+
+
+def test_records_what_tracin_needs(tmp_path):
+    model = _model()
+    history = _fit(model, CheckpointRecorder(tmp_path / "run", every=2))
+    series = read_checkpoint_series(tmp_path / "run")
+
+    assert series.ids == ("epoch-002", "epoch-004", "epoch-006")
+    assert [c.step for c in series.checkpoints] == [8, 16, 24]
+    assert [c.epoch for c in series.checkpoints] == [2, 4, 6]
+    assert [c.loss for c in series.checkpoints] == pytest.approx(history.history["loss"][1::2])
+    np.testing.assert_allclose(series.weights("recorded"), [0.1] * 3)
+    assert (series.loss, series.from_logits) == ("sparse_categorical_crossentropy", True)
+    assert (series.batch_size, series.optimizer) == (16, "SGD".lower())
+    last = keras.saving.load_model(series.checkpoints[-1].path)
+    np.testing.assert_array_equal(last.get_weights()[0], model.get_weights()[0])
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoints.json",
+        "epoch-002.keras",
+        "epoch-004.keras",
+        "epoch-006.keras",
+    ]
+
+
+def test_records_chosen_epochs(tmp_path):
+    _fit(_model(), CheckpointRecorder(tmp_path, epochs=[1, 5]))
+    assert read_checkpoint_series(tmp_path).ids == ("epoch-001", "epoch-005")
+
+
+def test_the_rate_is_that_of_the_last_step_of_a_schedule(tmp_path):
+    """4 steps an epoch, rate 1/(1 + step): the 4th step is step number 3."""
+    schedule = keras.optimizers.schedules.InverseTimeDecay(1.0, 1, 1.0)
+    _fit(_model(learning_rate=schedule), CheckpointRecorder(tmp_path), epochs=2)
+    rates = read_checkpoint_series(tmp_path).weights("recorded")
+    np.testing.assert_allclose(rates, [1 / 4, 1 / 8])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_rate_is_that_before_another_callback_lowers_it(tmp_path, first):
+    recorder = CheckpointRecorder(tmp_path)
+    lower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2 if epoch else rate)
+
+    class LowerAtTheEnd(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 1e-9
+
+    callbacks = [lower, LowerAtTheEnd(), recorder] if first else [recorder, lower]
+    _model_ = _model()
+    _model_.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks)
+    rates = read_checkpoint_series(tmp_path).weights("recorded")
+    np.testing.assert_allclose(rates, [0.1, 0.5e-9] if first else [0.1, 0.05], rtol=1e-6)
+
+
+def test_steps_of_unknown_number(tmp_path):
+    def batches():
+        for start in range(0, 48, 16):
+            yield X[start : start + 16], Y[start : start + 16]
+
+    model = _model()
+    model.fit(
+        batches(), epochs=1, verbose=0, shuffle=False, callbacks=[CheckpointRecorder(tmp_path)]
+    )
+    series = read_checkpoint_series(tmp_path)
+    assert series.checkpoints[0].step == 3
+    np.testing.assert_allclose(series.weights("recorded"), [0.1])
+    assert series.batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("loss", "softmax", "expected"),
+    [
+        ("sparse_categorical_crossentropy", True, ("sparse_categorical_crossentropy", False)),
+        (keras.losses.sparse_categorical_crossentropy, True, None),
+        (keras.losses.SparseCategoricalCrossentropy(), True, None),
+    ],
+)
+def test_losses_over_probabilities(tmp_path, loss, softmax, expected):
+    _fit(_model(loss, softmax=softmax), CheckpointRecorder(tmp_path), epochs=1)
+    series = read_checkpoint_series(tmp_path)
+    assert (series.loss, series.from_logits) == (
+        expected or ("sparse_categorical_crossentropy", False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("mse", "loss 'mean_squared_error' is unknown"),
+        (keras.losses.CategoricalCrossentropy(label_smoothing=0.1), "label_smoothing is 0.1"),
+        (keras.losses.SparseCategoricalCrossentropy(ignore_class=0), "ignore_class is 0"),
+        (["mse"], "expected one loss"),
+    ],
+)
+def test_unknown_losses_are_refused_before_training(tmp_path, loss, message):
+    with pytest.raises(InputError, match=message):
+        _fit(_model(loss), CheckpointRecorder(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_with_a_run_is_refused(tmp_path):
+    recorder = CheckpointRecorder(tmp_path)
+    _fit(_model(), recorder, epochs=1)
+    with pytest.raises(InputError, match="already holds a training run"):
+        _fit(_model(), CheckpointRecorder(tmp_path))
+    before = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert len(before["checkpoints"]) == 1
+
+
+@pytest.mark.parametrize("kwargs", [{"every": 0}, {"every": 2, "epochs": [3]}, {"epochs": [0]}])
+def test_bad_arguments(tmp_path, kwargs):
+    with pytest.raises(InputError, match="every"):
+        CheckpointRecorder(tmp_path, **kwargs)

@@ -1,0 +1,80 @@
+"""The commands without running a pipeline: usage, options, errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.cli import _input_error, main
+from pipelines.options import COMMANDS, parse
+from tracin_transforms.core.errors import InputError
+
+JOB = ["--checkpoints", "run", "--examples", "npz:a.npz", "--output", "out"]
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+    assert "Exit status" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"usage: tracin {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], ""),
+        (["dance"], "unknown command 'dance'"),
+        (["influence", *JOB], "required: --queries"),
+        (["influence", *JOB, "--queries", "npz:q.npz", "--k", "0"], "'0': expected a whole number"),
+        (["influence", *JOB, "--queries", "npz:q.npz", "--k", "x"], "'x': expected a whole number"),
+        (["self-influence", *JOB[2:]], "required: --checkpoints"),
+        (["self-influence", *JOB, "--batch-size", "-3"], "'-3': expected a whole number"),
+        (["self-influence", *JOB, "--checkpoint-weights", "1"], "invalid choice: '1'"),
+        (["self-influence", *JOB, "--ouput=x"], r"--ouput (did you mean --output?)"),
+        (["self-influence", *JOB, "--direct_num_worker=2"], "(did you mean --direct_num_workers?)"),
+        (["self-influence", *JOB, "stray"], "unknown option(s): stray"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+
+
+def test_options_and_their_defaults():
+    options, beam_args = parse(
+        "influence",
+        [*JOB, "--queries=npz:q.npz", "--runner=FnApiRunner", "--direct_num_workers=2"],
+    )
+    assert (options.checkpoints, options.examples, options.output) == ("run", "npz:a.npz", "out")
+    assert (options.k, options.batch_size, options.overwrite) == (20, 512, False)
+    assert options.checkpoint_weights == "recorded"
+    assert beam_args == ["--runner=FnApiRunner", "--direct_num_workers=2"]
+    assert parse("demo", [])[0].output == "demo-output"
+
+
+def test_an_input_error_is_recognised_wherever_it_was_raised():
+    direct = InputError("example 'a' is bad [while running 'X/ParDo']")
+    assert _input_error(direct) == "example 'a' is bad"
+    remote = RuntimeError(
+        "Traceback (most recent call last):\n  File ...\n"
+        "tracin_transforms.core.errors.InputError: example 'a' is bad\n\n"
+        "During handling of the above exception, another exception occurred:\n"
+        "tracin_transforms.core.errors.InputError: example 'a' is bad [while running 'X']\n"
+    )
+    assert _input_error(remote) == "example 'a' is bad"
+    assert _input_error(RuntimeError("something else")) is None
+
+
+def test_modules_are_commands_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.influence", "--k", "0"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "tracin influence: error" in done.stderr

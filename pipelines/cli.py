@@ -3,7 +3,6 @@
 import importlib
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -55,14 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         # Threads of Beam and TensorFlow may still compute; nothing of theirs is wanted any more.
         os._exit(130)
-    except OSError as error:
+    except (InputError, OSError) as error:
         print(f"tracin: error: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        message = _input_error(error)
-        if message is None:
-            raise
-        print(f"tracin: error: {message}", file=sys.stderr)
         return 1
     return 0
 
@@ -71,19 +64,6 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return USAGE.format(commands="\n".join(lines))
-
-
-def _input_error(error: Exception) -> str | None:
-    """Returns the message of an InputError, also of one that a Beam worker raised."""
-    text = str(error)
-    if not isinstance(error, InputError):
-        # From another process an exception arrives as the text of its traceback.
-        name = re.escape(f"{InputError.__module__}.{InputError.__qualname__}: ")
-        found = re.search(rf"^{name}(.*?)(?: \[while running|^\S|\Z)", text, re.M | re.S)
-        if found is None:
-            return None
-        text = found[1]
-    return re.sub(r" \[while running '.*", "", text, flags=re.S).strip()
 
 
 def _quieten() -> None:

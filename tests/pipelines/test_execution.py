@@ -1,0 +1,64 @@
+import os
+import subprocess
+import sys
+
+import apache_beam as beam
+import pytest
+
+from pipelines.execution import as_input_error, run_pipeline
+from pipelines.stderr import captured_stderr
+from tracin_transforms.core.errors import InputError
+
+
+def test_an_input_error_is_recognised_wherever_it_was_raised():
+    direct = InputError("example 'a' is bad [while running 'X/ParDo']")
+    assert str(as_input_error(direct)) == "example 'a' is bad"
+    remote = RuntimeError(
+        "Traceback (most recent call last):\n  File ...\n"
+        "tracin_transforms.core.errors.InputError: example 'a' is bad\n\n"
+        "During handling of the above exception, another exception occurred:\n"
+        "tracin_transforms.core.errors.InputError: example 'a' is bad [while running 'X']\n"
+    )
+    assert str(as_input_error(remote)) == "example 'a' is bad"
+    assert as_input_error(RuntimeError("something else")) is None
+
+
+def _fail(message):
+    raise RuntimeError(message)
+
+
+def test_what_a_pipeline_raises_is_raised(tmp_path):
+    def build(pipeline):
+        _ = pipeline | beam.Create(["no luck"]) | beam.Map(_fail)
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        run_pipeline(build, [], tmp_path, 1)
+
+
+def _script(body):
+    code = (
+        "import os, sys\nfrom pipelines.stderr import captured_stderr\n"
+        "from tracin_transforms.core.errors import InputError\n"
+        "with captured_stderr() as terminal:\n"
+        "    os.write(2, b'chatter'); os.system('echo child >&2'); print('seen', file=terminal)\n"
+        f"    {body}\n"
+        "os.write(2, b'after')"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_chatter_is_shown_only_where_it_explains_something():
+    assert _script("pass").stderr == "seen\nafter"
+    expected = _script("raise InputError('bad')").stderr
+    assert "chatter" not in expected
+    assert "InputError: bad" in expected
+    unexpected = _script("raise KeyError('why')").stderr
+    assert unexpected.startswith("seen\nchatterchild\n")
+    assert "KeyError: 'why'" in unexpected
+
+
+def test_stderr_is_itself_again(capfd):
+    with captured_stderr():
+        os.write(2, b"hidden")
+    os.write(2, b"shown")
+    assert capfd.readouterr().err == "shown"

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage(), end="")
         return 0 if arguments else 2
+    _quieten()
     command, *rest = arguments
     if command not in COMMANDS:
         print(f"tracin: error: unknown command {command!r}\n\n{_usage()}", end="", file=sys.stderr)
@@ -41,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, beam_args = parse(command, rest)
     except SystemExit as end:
         return int(end.code or 0)
-    _quieten()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also where a shell starts this in the background, with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         print(importlib.import_module(COMMANDS[command].module).run(options, beam_args))
     except KeyboardInterrupt:

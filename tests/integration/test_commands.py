@@ -109,7 +109,7 @@ def test_the_same_again_is_done_and_another_is_refused(arguments, tmp_path):
 def test_interrupting_leaves_nothing_behind(trained, arguments, tmp_path, sent, more):
     rng = np.random.default_rng(0)
     np.savez(
-        tmp_path / "large.npz", x=rng.random((3_000_000, 5), np.float32), y=np.zeros(3_000_000, int)
+        tmp_path / "large.npz", x=rng.random((1_000_000, 5), np.float32), y=np.zeros(1_000_000, int)
     )
     arguments["--examples"] = f"npz:{tmp_path / 'large.npz'}"
     line = [TRACIN, "self-influence", *(f"{k}={v}" for k, v in arguments.items()), *more]

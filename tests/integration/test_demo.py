@@ -23,8 +23,8 @@ def demo(tmp_path_factory):
 def test_the_demo_finds_the_flipped_labels(demo):
     output, text = demo
     assert "130 of 1,297 training digits have a wrong label" in text
-    line = next(line for line in text.splitlines() if "by self-influence" in line)
-    loss = next(line for line in text.splitlines() if "by loss of the last checkpoint" in line)
+    line = next(line for line in text.splitlines() if line.startswith("  by self-influence"))
+    loss = next(line for line in text.splitlines() if line.startswith("  by loss of"))
     found, found_by_loss = (
         [int(word.rstrip("%")) for word in words.split()[-3:]] for words in (line, loss)
     )

@@ -102,7 +102,7 @@ class CheckpointRecorder(keras.callbacks.Callback):
                 loss=self._loss[0],
                 from_logits=self._loss[1],
                 batch_size=self._batch_size,
-                optimizer=self.model.optimizer.name,
+                optimizer=type(self.model.optimizer).__name__.lower(),
             ),
         )
 

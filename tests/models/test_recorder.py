@@ -79,6 +79,8 @@ def test_the_rate_is_that_before_another_callback_lowers_it(tmp_path, first):
     np.testing.assert_allclose(rates, [0.1, 0.5e-9] if first else [0.1, 0.05], rtol=1e-6)
 
 
+# Keras says so whenever a data set of unknown length ends.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_steps_of_unknown_number(tmp_path):
     """A filtered data set does not know its length."""
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16).filter(lambda x, y: True)

@@ -25,8 +25,8 @@ def run_pipeline(
     beam_args: Sequence[str],
     progress: Path,
     total: int,
-) -> None:
-    """Builds and runs a pipeline, and waits for it.
+) -> float:
+    """Builds and runs a pipeline, waits for it, and returns how many seconds it took.
 
     Args:
         build: Adds the steps to the pipeline.
@@ -49,6 +49,7 @@ def run_pipeline(
     done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     # The runner blocks, so it gets a thread of its own; a daemon does not outlive an interrupt.
     thread = threading.Thread(target=_report_end, args=(run, done), daemon=True)
+    start = time.monotonic()
     with captured_stderr() as terminal:
         thread.start()
         try:
@@ -59,6 +60,7 @@ def run_pipeline(
             raise
         if error is not None:
             raise as_input_error(error) or error
+    return time.monotonic() - start
 
 
 def as_input_error(error: BaseException) -> InputError | None:

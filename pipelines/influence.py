@@ -57,15 +57,20 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
                 | WriteInfluence(factors, staging.result)
             )
 
-        run_pipeline(build, beam_args, staging.progress, inputs.count)
+        seconds = run_pipeline(build, beam_args, staging.progress, inputs.count)
         rows = read_result(staging.result, "influence")
         fewer = _count_fewer(rows, options.k, len(queries))
         write_manifest(
             staging.result,
             described,
-            {"examples": inputs.count, "queries": len(queries), "fewer_than_k": fewer},
+            {
+                "examples": inputs.count,
+                "queries": len(queries),
+                "fewer_than_k": fewer,
+                "seconds": seconds,
+            },
         )
-    return _summary(rows, options.k, len(queries), fewer, output)
+    return _summary(rows, options.k, len(queries), fewer, inputs.count / seconds, output)
 
 
 def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
@@ -79,8 +84,13 @@ def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
     }
 
 
-def _summary(rows: pa.Table, k: int, queries: int, fewer: dict[str, int], output: Path) -> str:
-    lines = [f"The {k} strongest proponents and opponents of each of {queries:,} queries."]
+def _summary(
+    rows: pa.Table, k: int, queries: int, fewer: dict[str, int], rate: float, output: Path
+) -> str:
+    lines = [
+        f"The {k} strongest proponents and opponents of each of {queries:,} queries "
+        f"({rate:,.0f} training examples a second):"
+    ]
     for row in rows.filter(pc.equal(rows["rank"], 1)).slice(0, 10).to_pylist():
         lines.append(
             f"  query {row['query_id']} (label {row['query_label']}, predicted "

@@ -47,15 +47,16 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
                 | ScoreSelfInfluence(inputs.weights, staging.work)
             )
 
-        run_pipeline(build, beam_args, staging.progress, inputs.count)
+        seconds = run_pipeline(build, beam_args, staging.progress, inputs.count)
         ranking = write_self_influence(staging.work, staging.result, inputs.count)
-        write_manifest(staging.result, described, {"examples": inputs.count})
-    return _summary(ranking.slice(0, 10).to_pylist(), inputs.count, output)
+        write_manifest(staging.result, described, {"examples": inputs.count, "seconds": seconds})
+    return _summary(ranking.slice(0, 10).to_pylist(), inputs.count, seconds, output)
 
 
-def _summary(top: list[dict[str, Any]], count: int, output: Path) -> str:
+def _summary(top: list[dict[str, Any]], count: int, seconds: float, output: Path) -> str:
     lines = [
-        f"Self-influence of {count:,} training examples, highest first:",
+        f"Self-influence of {count:,} training examples ({count / seconds:,.0f} a second), "
+        "highest first:",
         f"  {'rank':>4}  {'self-influence':>14}  {'label':>5}  {'predicted':>9}  example",
     ]
     for row in top:

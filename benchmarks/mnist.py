@@ -212,7 +212,8 @@ def _reference_factors(
     c1, b1, c2, b2, w3, b3, w4, b4 = (w.astype(np.float64) for w in weights)
     errors, activations = [], []
     for at in range(0, len(images), 1000):
-        x = images[at : at + 1000, :, :, None] / 255
+        # Keras keeps the constant of Rescaling in float32: as the weights, it is the model's.
+        x = images[at : at + 1000, :, :, None] * np.float64(np.float32(1 / 255))
         x = _pool(_conv(x, c1, b1))
         x = _pool(_conv(x, c2, b2)).reshape(len(x), -1)
         h = np.maximum(x @ w3 + b3, 0)

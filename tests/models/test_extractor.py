@@ -8,11 +8,18 @@ from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.models import gradient_check
 from tracin_transforms.models.extractor import KerasFactorExtractor
-from tracin_transforms.models.loading import in_float64, load_model
+from tracin_transforms.models.loading import load_model
+from tracin_transforms.models.precision import widen
 
 ONE_HOT = "categorical_crossentropy"
 ENDS = [("linear", True), ("dense softmax", False), ("softmax layer", False)]
 ENDS.append(("activation layer", False))
+
+
+def _exact_model(checkpoint):
+    model = load_model(checkpoint)
+    widen(model)
+    return model
 
 
 def _automatic_gradients(model, loss, batch):
@@ -42,7 +49,7 @@ def test_factors_equal_float64_automatic_differentiation(tmp_path, end, from_log
     block = KerasFactorExtractor(series, batch_size=16).load().extract(batch)
 
     for checkpoint, gradient in zip(series.checkpoints, block.gradients, strict=True):
-        exact = in_float64(load_model(checkpoint), checkpoint)
+        exact = _exact_model(checkpoint)
         layer = gradient.layers[0]
         assert layer.has_bias == bias
         expected = _automatic_gradients(exact, loss, batch)
@@ -84,9 +91,8 @@ def test_float64_agrees_and_is_exact_to_the_last_digit_stored(tmp_path):
     batch = image_batch()
     single = KerasFactorExtractor(series).load().extract(batch).gradients[0].layers[0]
     double = KerasFactorExtractor(series, float64=True).load().extract(batch).gradients[0].layers[0]
-    checkpoint = series.checkpoints[0]
-    exact = in_float64(load_model(checkpoint), checkpoint)
-    logits = exact.predict(batch.inputs.astype(np.float64), verbose=0)
+    logits = _exact_model(series.checkpoints[0]).predict(batch.inputs, verbose=0)
+    assert logits.dtype == np.float64
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
     np.testing.assert_allclose(single.error_signals, double.error_signals, atol=1e-6)

@@ -20,7 +20,8 @@ from tracin_transforms.core.losses import LOSSES, LossValues, RowError
 from tracin_transforms.core.protocols import ExampleBatch
 from tracin_transforms.models.gradient_check import check_gradients
 from tracin_transforms.models.layers import LastDense, find_last_dense
-from tracin_transforms.models.loading import in_float64, load_model
+from tracin_transforms.models.loading import load_model
+from tracin_transforms.models.precision import widen, widen_head
 
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
 _CHECKED_EXAMPLES = 4
@@ -121,8 +122,9 @@ class _Model:
         self.model = load_model(checkpoint)
         self.dense: LastDense = find_last_dense(self.model, checkpoint.id)
         if description.float64:
-            self.model = in_float64(self.model, checkpoint)
-            self.dense = find_last_dense(self.model, checkpoint.id, dtype="float64")
+            widen(self.model)
+        else:
+            widen_head(self.model)
         self._loss = series.loss
         self._batch_size = description.batch_size
         self._compiled: dict[Any, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]] = {}

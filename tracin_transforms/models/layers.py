@@ -23,12 +23,12 @@ class LastDense:
     softmax: bool
 
 
-def find_last_dense(model: keras.Model, checkpoint_id: str, dtype: str = "float32") -> LastDense:
+def find_last_dense(model: keras.Model, checkpoint_id: str) -> LastDense:
     """Returns the last dense layer of a functional or sequential model.
 
     Raises:
         InputError: The model is of another kind, does not end in a dense layer with at most a
-            softmax behind it, or does not compute in `dtype`; the message says which.
+            softmax behind it, or does not compute in float32; the message says which.
     """
     where = f"checkpoint {checkpoint_id!r}: model {model.name!r}"
     # Only models that Keras knows the graph of have inputs; Keras has no public class for them.
@@ -68,8 +68,8 @@ def find_last_dense(model: keras.Model, checkpoint_id: str, dtype: str = "float3
             f"{tuple(source.shape)}: expected [examples, width]"
         )
     policies = {layer.compute_dtype for layer in model.layers}
-    if policies != {dtype}:
-        raise InputError(f"{where} computes in {sorted(policies)}: expected {dtype} only")
+    if policies != {"float32"}:
+        raise InputError(f"{where} computes in {sorted(policies)}: expected float32 only")
     return LastDense(
         layer=operation,
         until_input=keras.Model(model.inputs, source),

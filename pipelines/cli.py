@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from pipelines.options import COMMANDS, parse
 from tracin_transforms.core.errors import InputError
@@ -38,28 +40,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"tracin: error: unknown command {command!r}\n\n{_usage()}", end="", file=sys.stderr)
         return 2
+    # Also where a shell starts this in the background, with SIGINT ignored.
+    _on_interrupt(_interrupt)
     try:
         options, beam_args = parse(command, rest)
+        print(importlib.import_module(COMMANDS[command].module).run(options, beam_args))
     except SystemExit as end:
         return int(end.code or 0)
-    # Also where a shell starts this in the background, with SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        print(importlib.import_module(COMMANDS[command].module).run(options, beam_args))
     except KeyboardInterrupt:
         print(
             "\ntracin: interrupted; nothing was written to the output. "
             "Run the same command again to start over.",
             file=sys.stderr,
-            flush=True,
         )
+        sys.stdout.flush()
+        sys.stderr.flush()
         # Threads of Beam and TensorFlow may still compute; nothing of theirs is wanted any more.
         os._exit(130)
     except (InputError, OSError) as error:
         print(f"tracin: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _on_interrupt(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    # A second Ctrl-C would only keep the first from tidying up.
+    _on_interrupt(signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _usage() -> str:

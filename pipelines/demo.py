@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from pipelines import influence, self_influence
-from pipelines.job import already_done, staged_output, start_tensorflow
+from pipelines.job import open_output, staged_output, start_tensorflow
 from pipelines.options import parse
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.evaluation import inspected_count
 from tracin_transforms.core.ranking import rank_by_score
 from tracin_transforms.report.demo_page import (
     INSPECTED,
@@ -24,7 +26,6 @@ from tracin_transforms.report.demo_page import (
 )
 from tracin_transforms.report.images import png_data_uri
 from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
-from tracin_transforms.storage.files import local_path
 from tracin_transforms.storage.manifest import write_manifest
 from tracin_transforms.storage.results import read_result
 
@@ -52,9 +53,11 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     Raises:
         InputError: The output directory holds something else.
     """
-    output = local_path(options.output)
     described = {"command": "demo", "seed": SEED}
-    if done := already_done(output, described, options.overwrite):
+    if "?" in options.output:
+        raise InputError(f"output {options.output!r}: a '?' cannot be part of a SPEC's path")
+    output = open_output(options, described)
+    if done := output.already_done():
         return done
     with staged_output(output) as staging:
         directory = staging.result
@@ -74,16 +77,19 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         ]
         print("[3/5] Ranking the training digits by self-influence: tracin self-influence")
         summary = _run_command(self_influence, "self-influence", common, directory, beam_args)
-        _show(summary, directory, output)
+        _show(summary, directory, output.path)
         print("[4/5] Finding proponents and opponents of test digits: tracin influence")
         queries = f"--queries=npz:{directory / 'queries.npz'}?x=images&y=labels&id=ids"
         summary = _run_command(influence, "influence", [*common, queries], directory, beam_args)
-        _show(summary, directory, output)
-        print("[5/5] Correcting the wrong labels among the first 20 %, and training again")
+        _show(summary, directory, output.path)
+        print(
+            "[5/5] Correcting the wrong labels among the first "
+            f"{max(INSPECTED):.0%}, and training again"
+        )
         results = _collect(digits, directory)
         (directory / "report.html").write_text(render_demo_page(results), encoding="utf-8")
         write_manifest(directory, described, {"examples": len(digits.ids)})
-    return _summary(results, output)
+    return _summary(results, output.path)
 
 
 def _run_command(
@@ -121,7 +127,7 @@ def _collect(digits: Digits, directory: Path) -> DemoResults:
     losses[order] = table["loss"].to_numpy()
     by_loss = rank_by_score(losses, digits.ids)
 
-    inspected = order[: round(max(INSPECTED) * len(order))]
+    inspected = order[: inspected_count(max(INSPECTED), len(order))]
     corrected = digits.labels.copy()
     corrected[inspected] = digits.true_labels[inspected]
     seeds = range(SEED, SEED + TRAININGS)
@@ -160,6 +166,7 @@ def _queries(digits: Digits, rows: list[dict[str, Any]]) -> list[Query]:
             _image(image_of[query_id]),
             own[0]["query_label"],
             own[0]["query_prediction"],
+            score=None,
         )
         queries.append(Query(picture, ends["proponent"], ends["opponent"]))
     return queries

@@ -1,5 +1,6 @@
 """Runs a pipeline to its end, showing progress, so that Ctrl-C ends everything at once."""
 
+import contextlib
 import queue
 import re
 import threading
@@ -56,7 +57,9 @@ def run_pipeline(
             error = _wait(done, progress, total, terminal)
         except KeyboardInterrupt:
             for process in psutil.Process().children(recursive=True):
-                process.kill()
+                # A terminal's Ctrl-C reaches the workers too; some may be gone already.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             raise
         if error is not None:
             raise as_input_error(error) or error

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 from pipelines.execution import run_pipeline
 from pipelines.job import (
     BLOCK_ROWS,
-    already_done,
     describe_run,
     keras_extractor,
     open_inputs,
+    open_output,
     query_factors,
     staged_output,
 )
@@ -23,7 +23,6 @@ from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
 from tracin_transforms.examples.spec import parse_spec
 from tracin_transforms.storage.factor_file import write_factor_block
-from tracin_transforms.storage.files import local_path
 from tracin_transforms.storage.manifest import write_manifest
 from tracin_transforms.storage.results import read_result
 
@@ -34,11 +33,12 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     Raises:
         InputError: An input or the output directory cannot be used.
     """
-    inputs, output = open_inputs(options), local_path(options.output)
+    inputs = open_inputs(options)
     query_source = parse_spec(options.queries)
     query_source.shards()
     described = describe_run("influence", inputs, queries=query_source.fingerprint(), k=options.k)
-    if done := already_done(output, described, options.overwrite):
+    output = open_output(options, described)
+    if done := output.already_done():
         return done
     extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
     exact = keras_extractor(inputs.series, options.batch_size, float64=True)
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
                 "seconds": seconds,
             },
         )
-    return _summary(rows, options.k, len(queries), fewer, inputs.count / seconds, output)
+    return _summary(rows, options.k, len(queries), fewer, inputs.count / seconds, output.path)
 
 
 def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:

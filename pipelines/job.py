@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.stderr import captured_stderr
 from tracin_transforms.core.checkpoints import CheckpointSeries
+from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
 from tracin_transforms.core.protocols import (
     ExampleSource,
@@ -20,7 +21,7 @@ from tracin_transforms.core.protocols import (
 )
 from tracin_transforms.examples.spec import parse_spec
 from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
-from tracin_transforms.storage.files import StagedDirectory, sha256
+from tracin_transforms.storage.files import StagedDirectory, local_path, sha256
 from tracin_transforms.storage.manifest import is_finished
 
 # Rows that are extracted and scored together: large enough for matrix products at full speed.
@@ -83,15 +84,37 @@ def describe_run(command: str, inputs: Inputs, **more: Any) -> dict[str, Any]:
     }
 
 
-def already_done(output: Path, run: dict[str, Any], overwrite: bool) -> str | None:
-    """Returns what to tell the user if the output holds this very result, else None.
+@dataclass(frozen=True)
+class Output:
+    """The directory that a job's result goes to.
 
-    Raises:
-        InputError: It holds something else and is not to be overwritten.
+    Attributes:
+        path: The directory, links resolved.
+        run: What determines the result, see `describe_run`.
+        overwrite: Whether an earlier result there may be replaced.
     """
-    if overwrite or not is_finished(output, run):
-        return None
-    return f"Already done: {output} holds the result of this command. --overwrite computes it anew."
+
+    path: Path
+    run: dict[str, Any]
+    overwrite: bool
+
+    def already_done(self) -> str | None:
+        """Returns what to tell the user if the directory holds this very result, else None.
+
+        Raises:
+            InputError: It holds something else that is not to be overwritten.
+        """
+        if not is_finished(self.path, self.run, self.overwrite):
+            return None
+        return (
+            f"Already done: {self.path} holds the result of this command. "
+            "--overwrite computes it anew."
+        )
+
+
+def open_output(options: argparse.Namespace, run: dict[str, Any]) -> Output:
+    """Returns the job's output directory; whether it can be used, `already_done` finds out."""
+    return Output(local_path(options.output).resolve(), run, options.overwrite)
 
 
 def keras_extractor(
@@ -142,17 +165,28 @@ class Staging:
 
 
 @contextlib.contextmanager
-def staged_output(output: Path) -> Iterator[Staging]:
-    """Gives directories to fill; the result appears as `output` when the block succeeds.
+def staged_output(output: Output) -> Iterator[Staging]:
+    """Gives directories to fill; the result appears at its place when the block succeeds.
 
-    Otherwise nothing remains.
+    Otherwise nothing remains, except a complete result that could not be moved there.
+
+    Raises:
+        InputError: The output cannot be written, or was taken while the job ran.
     """
-    result, work = StagedDirectory(output), StagedDirectory(output.with_name(f"{output.name}.work"))
+    path = output.path
+    result, work = StagedDirectory(path), StagedDirectory(path.with_name(f"{path.name}.work"))
     try:
         staging = Staging(result.create(), work.create(), work.path / "progress")
         staging.progress.mkdir()
         yield staging
-        result.publish()
-    finally:
+    except BaseException:
         result.discard()
+        raise
+    finally:
         work.discard()
+    try:
+        # Once more: hours may have passed, and another job may have finished here.
+        is_finished(path, output.run, output.overwrite)
+        result.publish()
+    except (InputError, OSError) as error:
+        raise InputError(f"{error}. The finished result was kept in {result.path}") from error

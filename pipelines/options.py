@@ -52,6 +52,7 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="directory for the result; made anew"
     )
+    _add_overwrite(parser)
     parser.add_argument(
         "--checkpoint-weights",
         choices=("recorded", "equal"),
@@ -64,9 +65,6 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
         type=_positive_int,
         default=512,
         help="examples per call of the model; does not change the result (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output directory if it exists"
     )
 
 
@@ -90,8 +88,12 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
         default="demo-output",
         help="directory for the data, results and report.html (default: %(default)s)",
     )
+    _add_overwrite(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output directory if it exists"
+        "--overwrite", action="store_true", help="replace a result of this command in DIR"
     )
 
 
@@ -109,7 +111,7 @@ def _positive_int(text: str) -> int:
 COMMANDS = {
     "demo": Command(
         "pipelines.demo",
-        "the whole thing on real handwritten digits, in two minutes",
+        "the whole thing on real handwritten digits, in half a minute",
         "Flips 10 % of the labels of scikit-learn's handwritten digits, trains a small network,\n"
         "finds the flipped labels, corrects them, trains again, and writes DIR/report.html.",
         _demo_options,
@@ -158,11 +160,12 @@ def _check_beam_arguments(parser: argparse.ArgumentParser, rest: list[str]) -> N
     # Beam takes a second to import and is needed only for arguments that are not ours.
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    beam_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    beam_parser = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     for group in PipelineOptions.__subclasses__():
         group._add_argparse_args(beam_parser)
-    _, unknown = beam_parser.parse_known_args(rest)
+    beam_options, unknown = beam_parser.parse_known_args(rest)
     if not unknown:
+        _check_runner(parser, beam_options.runner)
         return
     known = [*parser._option_string_actions, *beam_parser._option_string_actions]
     described = []
@@ -171,3 +174,12 @@ def _check_beam_arguments(parser: argparse.ArgumentParser, rest: list[str]) -> N
         close = difflib.get_close_matches(name, known, n=1)
         described.append(f"{name} (did you mean {close[0]}?)" if close else name)
     parser.error(f"unknown option(s): {', '.join(described)}")
+
+
+def _check_runner(parser: argparse.ArgumentParser, name: str | None) -> None:
+    from apache_beam.runners.runner import create_runner
+
+    try:
+        create_runner(name or "FnApiRunner")
+    except (ValueError, ImportError, AttributeError) as error:
+        parser.error(f"argument --runner: {name!r} cannot be used: {' '.join(str(error).split())}")

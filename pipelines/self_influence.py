@@ -11,15 +11,14 @@ import apache_beam as beam
 from pipelines.execution import run_pipeline
 from pipelines.job import (
     BLOCK_ROWS,
-    already_done,
     describe_run,
     keras_extractor,
     open_inputs,
+    open_output,
     staged_output,
 )
 from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence
-from tracin_transforms.storage.files import local_path
 from tracin_transforms.storage.manifest import write_manifest
 from tracin_transforms.storage.results import write_self_influence
 
@@ -30,9 +29,10 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     Raises:
         InputError: An input or the output directory cannot be used.
     """
-    inputs, output = open_inputs(options), local_path(options.output)
+    inputs = open_inputs(options)
     described = describe_run("self-influence", inputs)
-    if done := already_done(output, described, options.overwrite):
+    output = open_output(options, described)
+    if done := output.already_done():
         return done
     extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
     # Held from before the pipeline starts: a bad checkpoint is an error of this process, and
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         seconds = run_pipeline(build, beam_args, staging.progress, inputs.count)
         ranking = write_self_influence(staging.work, staging.result, inputs.count)
         write_manifest(staging.result, described, {"examples": inputs.count, "seconds": seconds})
-    return _summary(ranking.slice(0, 10).to_pylist(), inputs.count, seconds, output)
+    return _summary(ranking.slice(0, 10).to_pylist(), inputs.count, seconds, output.path)
 
 
 def _summary(top: list[dict[str, Any]], count: int, seconds: float, output: Path) -> str:

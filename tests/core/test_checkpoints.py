@@ -24,7 +24,7 @@ def test_json_round_trip_and_weights():
     series = series_from_json(DOCUMENT)
 
     assert series_from_json(series_to_json(series)) == series
-    assert series.ids == ("epoch-02", "epoch-04")
+    assert [c.id for c in series.checkpoints] == ["epoch-02", "epoch-04"]
     np.testing.assert_array_equal(series.weights("recorded"), [0.05, 0.01])
     np.testing.assert_array_equal(series.weights("equal"), [1.0, 1.0])
 
@@ -42,6 +42,10 @@ def test_json_round_trip_and_weights():
         ({"checkpoints": [{**ENTRY, "path": None}]}, "'path' is None"),
         ({"checkpoints": [{**ENTRY, "learning_rate": -0.1}]}, "'learning_rate' is -0.1"),
         ({"checkpoints": [{**ENTRY, "learning_rate": "x"}]}, "'learning_rate' is 'x'"),
+        (
+            {"checkpoints": [ENTRY, {**ENTRY, "id": "b", "step": 7}]},
+            "'b' has step 7, after 'epoch-02' with 938",
+        ),
         ({"loss": "mean_squared_error"}, "'mean_squared_error' is unknown: expected one of cat"),
         ({"from_logits": "yes"}, "'from_logits' is 'yes'"),
         ({"format": 2}, "'format' is 2, expected 1"),

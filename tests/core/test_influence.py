@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from tests.factories import WEIGHTS, materialised_gradients, random_block
+from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
 from tracin_transforms.core.influence import (
     influence,
@@ -62,21 +63,6 @@ def test_equals_materialised_gradients(has_bias, layers):
     np.testing.assert_allclose(own.T, WEIGHTS[:, None] * (gradients**2).sum(axis=2), rtol=1e-12)
 
 
-def test_sums_over_checkpoints_are_not_multiplied():
-    """The error of the authors' notebook until 2022: (Σ e·e') (Σ h·h') has cross terms."""
-    rng = np.random.default_rng(2)
-    block, queries = random_block(rng, 5), random_block(rng, 4, "q")
-    wrong = sum(
-        g.layers[0].error_signals @ f.layers[0].error_signals.T
-        for g, f in zip(block.gradients, queries.gradients, strict=True)
-    ) * sum(
-        g.layers[0].activations @ f.layers[0].activations.T + 1
-        for g, f in zip(block.gradients, queries.gradients, strict=True)
-    )
-
-    assert not np.allclose(influence(block, queries, np.ones(3)), wrong, rtol=0.01)
-
-
 def test_self_influence_is_the_diagonal_and_not_negative():
     block = random_block(np.random.default_rng(3), 25)
     own = self_influence(block, WEIGHTS).sum(axis=1)
@@ -91,6 +77,20 @@ def test_linear_in_the_weights_and_symmetric():
 
     np.testing.assert_allclose(scores, scores.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(influence(block, block, 2 * WEIGHTS), 2 * scores, rtol=1e-6)
+
+
+def test_pairs_are_gathered_piece_by_piece(monkeypatch):
+    rng = np.random.default_rng(6)
+    block, queries = random_block(rng, 20), random_block(rng, 5, "q")
+    rows, columns = (index.ravel() for index in np.indices((20, 5)))
+    whole = pair_influence(block, queries, WEIGHTS, rows, columns)
+    monkeypatch.setattr("tracin_transforms.core.influence._PAIRS", 7)
+    np.testing.assert_array_equal(pair_influence(block, queries, WEIGHTS, rows, columns), whole)
+
+
+def test_products_beyond_float32_are_named():
+    with pytest.raises(InputError, match="example 'a' has an influence beyond the range"):
+        influence(_single([1e30], [1], True), _single([1e30], [1], True), np.ones(1))
 
 
 def test_blocks_that_do_not_fit_are_refused():

@@ -86,7 +86,11 @@ BAD_EXAMPLES = [
     ({"y": None}, "", ["has no array 'y'", "found x"]),
     ({"y": np.arange(49)}, "", ["'x' has 50, 'y' has 49"]),
     ({"x": np.zeros((50, 6), np.float32)}, "", ["shape (6,), but the model", "takes (5,)"]),
-    ({"y": np.full(50, 4)}, "", ["example 'bad:0': label 4 is out of range", "expected 0 to 3"]),
+    (
+        {"y": np.full(50, 4)},
+        "",
+        ["example 'bad:0' of shard 'bad-", "label 4 is", "expected 0 to 3"],
+    ),
     ({"x": _with_nan(np.nan)}, "", ["example 'bad:7'", "NaN or infinite"]),
     ({"x": _with_nan(np.inf)}, "", ["example 'bad:7'", "NaN or infinite"]),
     ({"id": np.array(["a"] * 50)}, "?id=id", ["example id 'a' occurs 50 times"]),
@@ -123,11 +127,12 @@ def test_bad_files(arguments, tmp_path):
         _refused("self-influence", {**arguments, "--examples": spec}, fragment)
 
 
-def test_an_output_with_other_files_is_kept(arguments):
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_an_output_with_other_files_is_kept(arguments, more):
     output = Path(arguments["--output"])
     output.mkdir()
     (output / "mine.txt").write_text("mine")
-    done = tracin("self-influence", arguments)
+    done = tracin("self-influence", arguments, *more)
     assert done.returncode == 1
     assert "not empty and holds no result" in done.stderr
     assert [p.name for p in output.iterdir()] == ["mine.txt"]

@@ -156,8 +156,21 @@ def test_functional_models_are_taken(tmp_path):
             True,
             r"computes in \['bfloat16', 'float32'\]",
         ),
-        (lambda: conv_model("linear"), False, "no softmax at its end.*taking probabilities"),
-        (lambda: conv_model("dense softmax"), True, "a softmax at its end.*taking logits"),
+        (
+            lambda: _functional(
+                keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, dtype="mixed_float16")]),
+                keras.layers.Dense(5, dtype="float32"),
+            ),
+            True,
+            r"computes in \['float16', 'float32'\]",
+        ),
+        (
+            lambda: _functional(keras.layers.Dense(5, activation=keras.layers.LeakyReLU())),
+            True,
+            "activations .*'LeakyReLU'",
+        ),
+        (lambda: conv_model("linear"), False, "no softmax at its end.*takes probabilities"),
+        (lambda: conv_model("dense softmax"), True, "a softmax at its end.*takes logits"),
     ],
 )
 def test_models_that_are_not_supported_are_refused(tmp_path, model, from_logits, message):
@@ -190,8 +203,14 @@ def test_subclassed_models_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"inputs": np.zeros((4, 6, 6), np.float32)}, r"shape \(6, 6\), but .* takes \(6, 6, 2\)"),
-        ({"targets": np.array([0, 1, 2, 5])}, "example 'z003': label 5 is out of range"),
-        ({"targets": np.array([0, 1, -2, 4])}, "example 'z002': label -2 is out of range"),
+        (
+            {"targets": np.array([0, 1, 2, 5])},
+            "example 'z003' of shard 'shard-0': label 5 is out of range",
+        ),
+        (
+            {"targets": np.array([0, 1, -2, 4])},
+            "example 'z002' of shard 'shard-0': label -2 is out of range",
+        ),
         ({"targets": np.zeros(4)}, "labels have shape"),
     ],
 )
@@ -219,13 +238,23 @@ def test_weights_that_diverged_name_the_checkpoint(tmp_path):
         extractor.extract(image_batch(5))
 
 
+@pytest.mark.parametrize("float64", [False, True])
+@pytest.mark.parametrize(("end", "from_logits"), ENDS)
+def test_confidently_wrong_examples_pass_the_check(tmp_path, end, from_logits, float64):
+    """Their label's probability is below what Keras clips where it does not see the logits."""
+    model = conv_model(end)
+    kernel = model.get_layer("logits").kernel
+    kernel.assign(100 * kernel)
+    series = save_series(tmp_path, [model], from_logits=from_logits)
+    block = KerasFactorExtractor(series, float64=float64).load().extract(image_batch())
+    assert block.losses.max() > 50
+
+
 def test_a_wrong_factor_is_noticed_at_load(tmp_path, monkeypatch):
     """The check compares with what Keras computes: here with another loss than the factors'."""
     series = save_series(tmp_path, [conv_model()])
-    wrong = keras.losses.CategoricalHinge(reduction="none")
-    monkeypatch.setattr(
-        gradient_check, "keras_loss", lambda _: lambda t, y: wrong(tf.one_hot(t, 5), y)
-    )
+    wrong = keras.losses.SparseCategoricalCrossentropy(reduction="none", ignore_class=0)
+    monkeypatch.setattr(gradient_check, "keras_loss", lambda _: wrong)
     with pytest.raises(InputError, match=r"gradients of layer 'logits'.*differ from automatic"):
         KerasFactorExtractor(series).load().extract(image_batch())
 

@@ -33,7 +33,7 @@ def test_records_what_tracin_needs(tmp_path):
     history = _fit(model, CheckpointRecorder(tmp_path / "run", every=2))
     series = read_checkpoint_series(tmp_path / "run")
 
-    assert series.ids == ("epoch-002", "epoch-004", "epoch-006")
+    assert [c.id for c in series.checkpoints] == ["epoch-002", "epoch-004", "epoch-006"]
     assert [c.step for c in series.checkpoints] == [8, 16, 24]
     assert [c.epoch for c in series.checkpoints] == [2, 4, 6]
     assert [c.loss for c in series.checkpoints] == pytest.approx(history.history["loss"][1::2])
@@ -52,7 +52,8 @@ def test_records_what_tracin_needs(tmp_path):
 
 def test_records_chosen_epochs(tmp_path):
     _fit(_model(), CheckpointRecorder(tmp_path, epochs=[1, 5]))
-    assert read_checkpoint_series(tmp_path).ids == ("epoch-001", "epoch-005")
+    series = read_checkpoint_series(tmp_path)
+    assert [c.id for c in series.checkpoints] == ["epoch-001", "epoch-005"]
 
 
 def test_the_rate_is_that_of_the_last_step_of_a_schedule(tmp_path):
@@ -77,6 +78,68 @@ def test_the_rate_is_that_before_another_callback_lowers_it(tmp_path, first):
     _model_.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks)
     rates = read_checkpoint_series(tmp_path).weights("recorded")
     np.testing.assert_allclose(rates, [0.1, 0.5e-9] if first else [0.1, 0.05], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("together", "expected"), [(2, 1 / 3), (3, 1 / 4), (9, 1.0)])
+def test_several_steps_in_one_execution(tmp_path, together, expected):
+    """The rate is that of the first step of the last execution: 4 steps, rate 1/(1 + step)."""
+    model = _model(learning_rate=keras.optimizers.schedules.InverseTimeDecay(1.0, 1, 1.0))
+    model.compile(model.optimizer, model.loss, steps_per_execution=together)
+    _fit(model, CheckpointRecorder(tmp_path), epochs=1)
+    series = read_checkpoint_series(tmp_path)
+    assert series.checkpoints[0].step == 4
+    np.testing.assert_allclose(series.weights("recorded"), [expected])
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_data_that_end_early(tmp_path):
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    _model_ = _model()
+    recorder = CheckpointRecorder(tmp_path)
+    _model_.fit(data, epochs=1, steps_per_epoch=7, shuffle=False, verbose=0, callbacks=[recorder])
+    np.testing.assert_allclose(read_checkpoint_series(tmp_path).weights("recorded"), [0.1])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"initial_epoch": 2}])
+def test_a_second_fit_continues_the_run(tmp_path, kwargs):
+    model, recorder = _model(), CheckpointRecorder(tmp_path, every=2)
+    _fit(model, recorder, epochs=2)
+    model.compile(keras.optimizers.SGD(0.01), model.loss)
+    _fit(model, recorder, epochs=4 if kwargs else 2, **kwargs)
+    series = read_checkpoint_series(tmp_path)
+    assert [(c.id, c.epoch, c.step) for c in series.checkpoints] == [
+        ("epoch-002", 2, 8),
+        ("epoch-004", 4, 16),
+    ]
+    np.testing.assert_allclose(series.weights("recorded"), [0.1, 0.01])
+    first, last = (keras.saving.load_model(c.path).get_weights()[0] for c in series.checkpoints)
+    assert np.abs(first - last).max() > 0
+    np.testing.assert_array_equal(last, model.get_weights()[0])
+
+
+def test_another_model_needs_another_recorder(tmp_path):
+    recorder = CheckpointRecorder(tmp_path)
+    _fit(_model(), recorder, epochs=1)
+    before = (tmp_path / "checkpoints.json").read_bytes()
+    with pytest.raises(InputError, match="has recorded another model"):
+        _fit(_model(), recorder, epochs=1)
+    assert (tmp_path / "checkpoints.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("kwargs", [{"every": 7}, {"epochs": [7, 9]}])
+def test_a_run_without_checkpoints_is_refused(tmp_path, kwargs):
+    with pytest.raises(InputError, match="ends after 6 epochs, but .* due after 7"):
+        _fit(_model(), CheckpointRecorder(tmp_path, **kwargs))
+
+
+def test_models_that_could_not_be_used_are_refused_before_training(tmp_path):
+    with pytest.raises(InputError, match="'sequential.*' has a softmax at its end"):
+        _fit(_model(softmax=True), CheckpointRecorder(tmp_path / "run"))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "relu")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(InputError, match="activations .*'relu'"):
+        _fit(model, CheckpointRecorder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 # Keras says so whenever a data set of unknown length ends.

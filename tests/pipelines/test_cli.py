@@ -37,6 +37,8 @@ def test_each_command_has_help(command, capsys):
         (["self-influence", *JOB, "--checkpoint-weights", "1"], "invalid choice: '1'"),
         (["self-influence", *JOB, "--ouput=x"], r"--ouput (did you mean --output?)"),
         (["self-influence", *JOB, "--direct_num_worker=2"], "(did you mean --direct_num_workers?)"),
+        (["self-influence", *JOB, "--direct_num_workers=two"], "invalid int value: 'two'"),
+        (["self-influence", *JOB, "--runner=Magic"], "'Magic' cannot be used: Unexpected pipeline"),
         (["self-influence", *JOB, "stray"], "unknown option(s): stray"),
     ],
 )

@@ -1,4 +1,8 @@
+import contextlib
+import dataclasses
 import json
+import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +22,7 @@ from tracin_transforms.storage.files import (
     StagedDirectory,
     existing_file,
     local_path,
+    mark,
     sha256,
     written_atomically,
 )
@@ -56,6 +61,52 @@ def test_published_directory_replaces_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_refused_write_is_an_error_for_the_user(tmp_path):
+    for write in (lambda path: _write_text(path), mark):
+        with pytest.raises(InputError, match="cannot be written: .*No such file"):
+            write(tmp_path / "gone" / "file")
+
+
+def _write_text(path):
+    with written_atomically(path) as temporary:
+        temporary.write_text("text")
+
+
+def test_a_directory_that_cannot_be_moved_stays(tmp_path):
+    """Renaming onto a file fails: what was staged and what was there are both kept."""
+    staged = StagedDirectory(tmp_path / "out")
+    (staged.create() / "file").write_text("new")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("old")
+    staged.path.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        staged.publish()
+    assert (tmp_path / "out" / "file").read_text() == "old"
+
+
+def test_discarding_wins_against_threads_that_still_write(tmp_path):
+    """As those of an interrupted pipeline: whatever they do, nothing is left."""
+    staged = StagedDirectory(tmp_path / "out")
+    directory = staged.create()
+    stop = threading.Event()
+
+    def write():
+        i = 0
+        while not stop.is_set():
+            i += 1
+            with contextlib.suppress(InputError):
+                mark(directory / str(i))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    staged.discard()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_paths_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match=r"'gs://bucket/x': only local paths"):
         local_path("gs://bucket/x")
@@ -73,35 +124,76 @@ def test_sha256_of_a_known_text(tmp_path):
     assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
 
 
-def test_manifest_says_whether_the_run_is_the_same(tmp_path):
-    output = tmp_path / "out"
-    run = {"command": "influence", "k": 20, "checkpoints": [{"id": "a"}]}
-    assert not is_finished(output, run)
+RUN = {"command": "influence", "k": 20, "checkpoints": [{"id": "a", "weight": 0.1}, {"id": "b"}]}
+
+
+def _finished(output, run=RUN):
     output.mkdir()
-    assert not is_finished(output, run)
+    (output / "influence-00000-of-00001.parquet").write_text("")
     write_manifest(output, run, {"examples": 3})
 
-    assert is_finished(output, {**run, "checkpoints": ({"id": "a"},)})
+
+def test_manifest_says_whether_the_run_is_the_same(tmp_path):
+    output = tmp_path / "out"
+    assert not is_finished(output, RUN)
+    output.mkdir()
+    assert not is_finished(output, RUN)
+    output.rmdir()
+    _finished(output)
+
+    assert is_finished(output, {**RUN, "checkpoints": tuple(RUN["checkpoints"])})
     assert read_manifest(output)["summary"] == {"examples": 3}
+    assert read_manifest(output)["files"] == ["influence-00000-of-00001.parquet"]
     assert read_manifest(output)["versions"]["numpy"] == np.__version__
-    with pytest.raises(InputError, match="another run: k is 20 there and 10 here.*--overwrite"):
-        is_finished(output, {**run, "k": 10})
 
 
-def test_outputs_that_are_not_ours_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 10}, "another run: k is 20 there and 10 here.*--overwrite"),
+        ({"x": 1}, "x is null there and 1 here"),
+        (
+            {"checkpoints": [{"id": "a", "weight": 0.2}, {"id": "c"}]},
+            r"checkpoints\[0\].weight is 0.1 there and 0.2 here; checkpoints\[1\].id is \"b\"",
+        ),
+        ({"checkpoints": [{"id": "a"}]}, "checkpoints is .* there and .* here"),
+    ],
+)
+def test_what_differs_is_said(tmp_path, change, message):
+    _finished(tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        is_finished(tmp_path / "out", {**RUN, **change})
+    assert not is_finished(tmp_path / "out", {**RUN, **change}, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_outputs_that_are_not_ours_are_refused(tmp_path, overwrite):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no result"):
-        is_finished(tmp_path, {})
+        is_finished(tmp_path, RUN, overwrite)
     with pytest.raises(InputError, match="is a file: expected a directory"):
-        is_finished(tmp_path / "notes.txt", {})
-    with pytest.raises(InputError, match="has no manifest.json"):
+        is_finished(tmp_path / "notes.txt", RUN, overwrite)
+    with pytest.raises(InputError, match="'/' is a mount point"):
+        is_finished(Path("/"), RUN, overwrite)
+    with pytest.raises(InputError, match=r"has no manifest\.json"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
-        read_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text("{}")
+        is_finished(tmp_path, RUN, overwrite)
+    (tmp_path / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(InputError, match="not a manifest of format 1"):
-        read_manifest(tmp_path)
+        is_finished(tmp_path, RUN, overwrite)
+
+
+def test_only_a_result_of_the_same_command_is_overwritten(tmp_path):
+    output = tmp_path / "out"
+    _finished(output)
+    assert not is_finished(output, RUN, overwrite=True)
+    with pytest.raises(InputError, match="a result of 'influence', not of 'demo'"):
+        is_finished(output, {**RUN, "command": "demo"}, overwrite=True)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"'notes\.txt', which is no part of the result"):
+        is_finished(output, RUN, overwrite=True)
 
 
 SERIES = CheckpointSeries(
@@ -141,10 +233,20 @@ def test_runs_that_cannot_be_read(tmp_path):
 
 def test_factor_block_round_trip(tmp_path):
     block = random_block(np.random.default_rng(0), 5, layers=2)
+    renamed = dataclasses.replace(block.gradients[1].layers[0], name="dense_7")
+    gradient = dataclasses.replace(
+        block.gradients[1], layers=(renamed, block.gradients[1].layers[1])
+    )
+    block = dataclasses.replace(
+        block, start=7, gradients=(block.gradients[0], gradient, block.gradients[2])
+    )
     write_factor_block(tmp_path / "block.npz", block)
     read = read_factor_block(tmp_path / "block.npz")
 
+    assert (read.shard, read.start) == (block.shard, block.start)
     assert read.checkpoint_ids == block.checkpoint_ids
+    np.testing.assert_array_equal(read.labels, block.labels)
+    np.testing.assert_array_equal(read.predictions, block.predictions)
     np.testing.assert_array_equal(read.example_ids, block.example_ids)
     np.testing.assert_array_equal(read.losses, block.losses)
     for a, b in zip(read.gradients, block.gradients, strict=True):
@@ -156,7 +258,7 @@ def test_factor_block_round_trip(tmp_path):
 
 def _write_all(directory, blocks, expected):
     for start, block in enumerate(blocks):
-        block = block.__class__(**{**vars(block), "start": start})
+        block = dataclasses.replace(block, start=start)
         write_scores(directory, block, self_influence(block, WEIGHTS))
     return write_self_influence(directory, directory, expected)
 

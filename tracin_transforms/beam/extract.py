@@ -16,6 +16,7 @@ from tracin_transforms.core.protocols import (
     LoadedExtractor,
     Shard,
 )
+from tracin_transforms.storage.files import mark
 
 
 class SharedExtractor:
@@ -37,7 +38,8 @@ class SharedExtractor:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[LoadedExtractor]:
         """Keeps this process's extractor loaded for the time of a with block."""
-        yield self.acquire()
+        loaded = self.acquire()
+        yield loaded
 
 
 @dataclasses.dataclass(eq=False)
@@ -88,6 +90,7 @@ class _ExtractShard(beam.DoFn):
         self._extractor = extractor
         self._block_rows = block_rows
         self._progress = progress
+        # For runners that show a job's counters.
         self._examples = Metrics.counter("tracin", "examples")
 
     def setup(self) -> None:
@@ -99,5 +102,4 @@ class _ExtractShard(beam.DoFn):
             yield block
             self._examples.inc(len(block))
             if self._progress is not None:
-                name = f"{block.shard}-{block.start:012d}-{len(block)}"
-                (self._progress / name).touch()
+                mark(self._progress / f"{block.shard}-{block.start:012d}-{len(block)}")

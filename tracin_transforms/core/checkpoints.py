@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -77,14 +77,15 @@ class CheckpointSeries:
                 f"checkpoint id {repeated[0]!r} occurs {ids.count(repeated[0])} times: "
                 "expected every checkpoint id once"
             )
+        for before, after in zip(self.checkpoints, self.checkpoints[1:], strict=False):
+            if after.step < before.step:
+                raise InputError(
+                    f"checkpoint {after.id!r} has step {after.step}, after {before.id!r} with "
+                    f"{before.step}: expected the order of training"
+                )
         check_loss(self.loss)
         if not isinstance(self.from_logits, bool):
             raise InputError(f"'from_logits' is {self.from_logits!r}, expected true or false")
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The checkpoints' ids, in order."""
-        return tuple(checkpoint.id for checkpoint in self.checkpoints)
 
     def weights(self, kind: str) -> np.ndarray:
         """Returns the weight of each checkpoint in the sum over checkpoints, shape [K], float64.
@@ -109,10 +110,6 @@ class CheckpointSeries:
             )
         return np.array([c.learning_rate for c in self.checkpoints], dtype=np.float64)
 
-    def with_checkpoint(self, checkpoint: Checkpoint) -> "CheckpointSeries":
-        """Returns the series with one more checkpoint at its end."""
-        return replace(self, checkpoints=(*self.checkpoints, checkpoint))
-
 
 def series_to_json(series: CheckpointSeries) -> dict[str, Any]:
     """Returns the content of a ``checkpoints.json``."""
@@ -125,7 +122,7 @@ def series_from_json(document: Any) -> CheckpointSeries:
     """Returns the series that a ``checkpoints.json`` describes.
 
     Raises:
-        InputError: A field is missing, unknown or of the wrong kind; the message names it.
+        InputError: A field is missing or cannot be used; the message names it.
     """
     if not isinstance(document, Mapping):
         raise InputError(f"expected an object with 'checkpoints', found {document!r:.60}")

@@ -25,10 +25,22 @@ def recovery_curve(found_in_order: np.ndarray) -> np.ndarray:
     return found / found[-1]
 
 
+def inspected_count(share: float, n: int) -> int:
+    """Returns how many examples the first `share` (0 to 1) of a ranking of n are, rounded up."""
+    return int(np.ceil(share * n))
+
+
 def share_found(found_in_order: np.ndarray, inspected: float) -> float:
-    """Returns the share found in the first `inspected` (0 to 1) of a ranking, rounded up."""
-    curve = recovery_curve(found_in_order)
-    return float(curve[int(np.ceil(inspected * (len(curve) - 1)))])
+    """Returns the share, 0 to 1, of those sought that the first part of a ranking holds.
+
+    Args:
+        found_in_order: As for `recovery_curve`.
+        inspected: The part of the ranking, 0 to 1, see `inspected_count`.
+
+    Raises:
+        ValueError: None is sought.
+    """
+    return float(recovery_curve(found_in_order)[inspected_count(inspected, len(found_in_order))])
 
 
 def average_precision(found_in_order: np.ndarray) -> float:

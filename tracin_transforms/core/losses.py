@@ -36,8 +36,8 @@ def softmax_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> LossValues
 
     With p = softmax(y) and target class t, ``loss = -log p_t`` and ``∂loss/∂y_c = p_c`` for
     c ≠ t. The entry of the label, p_t − 1, is taken as −Σ_{c≠t} p_c, because for a well fitted
-    example p_t rounds to 1 long before the sum of the others rounds to 0. The exponentials are
-    those of y − y_t, so that nothing small is lost beside something large.
+    example p_t rounds to 1 long before the sum of the others rounds to 0. The sum of
+    the others is added up apart from the label's, so that nothing small is lost beside it.
 
     Args:
         logits: y, shape [n, C], floating, finite.
@@ -94,7 +94,8 @@ def one_hot_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> LossValues
     is_one_hot = ((targets == 0) | (targets == 1)).all(axis=1) & (targets.sum(axis=1) == 1)
     if not is_one_hot.all():
         row = int(np.flatnonzero(~is_one_hot)[0])
-        raise RowError(row, f"label {targets[row]!r} is not one-hot: expected one 1, the rest 0")
+        found = f"{targets[row].tolist()}"
+        raise RowError(row, f"label {found:.80} is not one-hot: expected one 1, the rest 0")
     return softmax_cross_entropy(logits, targets.argmax(axis=1))
 
 

@@ -132,7 +132,7 @@ def _read_arrays(
 
 
 # What NumPy raises for files that are not whole, or hold more than plain arrays.
-_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def _load(file: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from tracin_transforms.core.factors import (
 from tracin_transforms.core.losses import LOSSES, LossValues, RowError
 from tracin_transforms.core.protocols import ExampleBatch
 from tracin_transforms.models.gradient_check import check_gradients
-from tracin_transforms.models.layers import LastDense, find_last_dense
+from tracin_transforms.models.layers import LastDense, check_end, find_last_dense
 from tracin_transforms.models.loading import load_model
 from tracin_transforms.models.precision import widen, widen_head
 
@@ -34,9 +34,10 @@ class KerasFactorExtractor:
     Attributes:
         series: The run's checkpoints, ``.keras`` files.
         batch_size: Examples per call of the compiled model.
-        float64: Compute the models in float64 instead of their own float32. For queries: they
-            are few, and a well fitted query's gradient is no more exact than its logits are,
-            absolutely, so that in float32 it alone would limit what influences are good for.
+        float64: Compute the whole models in float64 instead of the head alone, see `precision`.
+            For queries: they are few, and a well fitted query's gradient is no more exact than
+            its logits are, absolutely, so that in float32 it alone would limit what influences
+            are good for.
     """
 
     series: CheckpointSeries
@@ -120,7 +121,9 @@ class _Model:
         series = description.series
         self.checkpoint = checkpoint
         self.model = load_model(checkpoint)
-        self.dense: LastDense = find_last_dense(self.model, checkpoint.id)
+        what = f"checkpoint {checkpoint.id!r}: model {self.model.name!r}"
+        self.dense: LastDense = find_last_dense(self.model, what)
+        check_end(self.dense, series.loss, series.from_logits, what)
         if description.float64:
             widen(self.model)
         else:
@@ -128,14 +131,6 @@ class _Model:
         self._loss = series.loss
         self._batch_size = description.batch_size
         self._compiled: dict[Any, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]] = {}
-        if self.dense.softmax == series.from_logits:
-            found = "a softmax" if self.dense.softmax else "no softmax"
-            wanted = "logits" if series.from_logits else "probabilities"
-            raise InputError(
-                f"checkpoint {checkpoint.id!r}: the model has {found} at its end, but the loss "
-                f"{series.loss!r} was recorded as taking {wanted} (from_logits is "
-                f"{str(series.from_logits).lower()}); correct 'from_logits' in checkpoints.json"
-            )
 
     def extract(self, batch: ExampleBatch) -> tuple[LossValues, GradientFactors]:
         """Returns the batch's losses and gradient factors at this checkpoint."""
@@ -156,6 +151,11 @@ class _Model:
         return activations, logits
 
     def loss_values(self, logits: np.ndarray, batch: ExampleBatch) -> LossValues:
+        """Returns losses and error signals from logits [n, C], float64.
+
+        Raises:
+            InputError: A logit is not finite or a target does not fit; the example is named.
+        """
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise InputError(
@@ -166,9 +166,12 @@ class _Model:
             return LOSSES[self._loss](logits, batch.targets)
         except RowError as error:
             example = str(batch.example_ids[error.row])
-            raise InputError(f"example {example!r}: {error.problem}") from error
+            raise InputError(
+                f"example {example!r} of shard {batch.shard!r}: {error.problem}"
+            ) from error
 
     def gradient_factors(self, activations: np.ndarray, values: LossValues) -> GradientFactors:
+        """Returns the factors of one layer, from activations [n, d], float32."""
         layer = LayerFactors(
             name=self.dense.layer.name,
             activations=activations,

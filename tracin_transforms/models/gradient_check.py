@@ -1,8 +1,5 @@
 """Factored gradients compared with automatic differentiation, before a job relies on them."""
 
-from collections.abc import Callable
-from typing import Any
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -12,7 +9,7 @@ from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import GradientFactors
 from tracin_transforms.core.protocols import ExampleBatch
 
-# Both sides are float32 and add up in another order; a wrong formula is off by far more.
+# Both sides are rounded to float32 and add up in another order; a wrong formula is off by far more.
 TOLERANCE = 1e-3
 
 
@@ -56,8 +53,8 @@ def check_gradients(
         )
 
 
-def keras_loss(series: CheckpointSeries) -> Callable[[Any, Any], Any]:
-    """Returns Keras's own per-example loss of a run, called with (targets, outputs)."""
+def keras_loss(series: CheckpointSeries) -> keras.losses.Loss:
+    """Returns Keras's own loss of a run."""
     return keras.losses.get(
         {
             "class_name": "".join(part.capitalize() for part in series.loss.split("_")),
@@ -69,7 +66,7 @@ def keras_loss(series: CheckpointSeries) -> Callable[[Any, Any], Any]:
 def _differentiate(
     model: keras.Model,
     layer: keras.layers.Dense,
-    loss: Callable[[Any, Any], Any],
+    loss: keras.losses.Loss,
     batch: ExampleBatch,
     weights: np.ndarray,
 ) -> list[np.ndarray]:
@@ -77,6 +74,8 @@ def _differentiate(
     inputs = tf.cast(batch.inputs, model.inputs[0].dtype)
     with tf.GradientTape() as tape:
         tape.watch(variables)
-        losses = loss(batch.targets, model(inputs, training=False))
+        # `call` rather than the object itself, which would cast the outputs: that hides from Keras
+        # that they come from a softmax, and it would compute the loss from clipped probabilities.
+        losses = loss.call(tf.convert_to_tensor(batch.targets), model(inputs, training=False))
         total = tf.reduce_sum(tf.cast(weights, losses.dtype) * losses)
     return [gradient.numpy() for gradient in tape.gradient(total, variables)]

@@ -23,58 +23,88 @@ class LastDense:
     softmax: bool
 
 
-def find_last_dense(model: keras.Model, checkpoint_id: str) -> LastDense:
+def find_last_dense(model: keras.Model, what: str) -> LastDense:
     """Returns the last dense layer of a functional or sequential model.
+
+    Args:
+        model: The model.
+        what: What to call the model in messages.
 
     Raises:
         InputError: The model is of another kind, does not end in a dense layer with at most a
             softmax behind it, or does not compute in float32; the message says which.
     """
-    where = f"checkpoint {checkpoint_id!r}: model {model.name!r}"
     # Only models that Keras knows the graph of have inputs; Keras has no public class for them.
     if not getattr(model, "inputs", None):
         raise InputError(
-            f"{where} is a {type(model).__name__}: expected a functional or sequential model"
+            f"{what} is a {type(model).__name__}: expected a functional or sequential model"
         )
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise InputError(
-            f"{where} has {len(model.inputs)} inputs and {len(model.outputs)} outputs: "
+            f"{what} has {len(model.inputs)} inputs and {len(model.outputs)} outputs: "
             "expected one of each"
         )
-    activations: list[Any] = []
-    tensor = model.outputs[0]
-    operation = _operation(tensor)
-    while isinstance(operation, keras.layers.Activation | keras.layers.Softmax):
-        activations.append(operation)
-        tensor = operation.input
-        operation = _operation(tensor)
+    operation, kinds = _last_dense_and_activations(model)
     if not isinstance(operation, keras.layers.Dense):
         raise InputError(
-            f"{where} ends in {type(operation).__name__} {operation.name!r}: expected a Dense "
+            f"{what} ends in {type(operation).__name__} {operation.name!r}: expected a Dense "
             "layer, with at most a softmax behind it"
         )
-    activations.append(operation)
-    kinds = [_activation_name(layer) for layer in activations]
     others = [kind for kind in kinds if kind not in ("linear", "softmax")]
     if others or kinds.count("softmax") > 1:
         raise InputError(
-            f"{where} has the activations {kinds[::-1]} from its last Dense layer on: expected "
+            f"{what} has the activations {kinds} from its last Dense layer on: expected "
             "at most one softmax"
         )
     source = operation.input
     if len(source.shape) != 2:
         raise InputError(
-            f"{where}: Dense layer {operation.name!r} takes an input of shape "
+            f"{what}: Dense layer {operation.name!r} takes an input of shape "
             f"{tuple(source.shape)}: expected [examples, width]"
         )
-    policies = {layer.compute_dtype for layer in model.layers}
+    policies = {layer.compute_dtype for layer in all_layers(model)}
     if policies != {"float32"}:
-        raise InputError(f"{where} computes in {sorted(policies)}: expected float32 only")
+        raise InputError(f"{what} computes in {sorted(policies)}: expected float32 only")
     return LastDense(
         layer=operation,
         until_input=keras.Model(model.inputs, source),
         softmax="softmax" in kinds,
     )
+
+
+def check_end(dense: LastDense, loss: str, from_logits: bool, what: str) -> None:
+    """Raises InputError if the model's end is not what its loss takes.
+
+    Args:
+        dense: The model's last dense layer.
+        loss: Name of the loss.
+        from_logits: Whether the loss takes logits.
+        what: What to call the model in messages.
+    """
+    if dense.softmax == from_logits:
+        found = "a softmax" if dense.softmax else "no softmax"
+        wanted = "logits" if from_logits else "probabilities"
+        raise InputError(
+            f"{what} has {found} at its end, but the loss {loss!r} takes {wanted} (from_logits is "
+            f"{str(from_logits).lower()}): correct from_logits, or the model's last activation"
+        )
+
+
+def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns the model and all layers in it, at any depth (Keras has no public name for this)."""
+    return list(model._flatten_layers())
+
+
+def _last_dense_and_activations(model: keras.Model) -> tuple[Any, list[str]]:
+    """Returns the last layer that is not an activation, and the activations from it on."""
+    kinds: list[str] = []
+    operation = _operation(model.outputs[0])
+    while isinstance(operation, keras.layers.Activation | keras.layers.Softmax):
+        kinds.insert(0, _activation_name(operation))
+        operation = _operation(operation.input)
+    if isinstance(operation, keras.layers.Dense):
+        kinds.insert(0, _activation_name(operation))
+    return operation, kinds
 
 
 def _operation(tensor: Any) -> Any:
@@ -85,4 +115,5 @@ def _operation(tensor: Any) -> Any:
 def _activation_name(layer: Any) -> str:
     if isinstance(layer, keras.layers.Softmax):
         return "softmax"
-    return str(layer.activation.__name__)
+    # A layer may serve as an activation; it has no __name__.
+    return str(getattr(layer.activation, "__name__", type(layer.activation).__name__))

@@ -2,6 +2,8 @@
 
 import keras
 
+from tracin_transforms.models.layers import all_layers
+
 
 def widen_head(model: keras.Model) -> None:
     """Lets the dense layers that are applied once per example compute in float64.
@@ -10,12 +12,18 @@ def widen_head(model: keras.Model) -> None:
     part of its work. An error signal is as exact, relatively, as the logits are absolutely: in
     float32 these layers alone would double its error.
     """
-    _widen([layer for layer in _all_layers(model) if _is_head(layer)])
+    _widen([layer for layer in all_layers(model) if _is_head(layer)])
 
 
 def widen(model: keras.Model) -> None:
     """Lets the whole model compute in float64."""
-    _widen(_all_layers(model))
+    layers = all_layers(model)
+    _widen(layers)
+    for layer in layers:
+        if isinstance(layer, keras.layers.InputLayer) and layer.output is not model.inputs[0]:
+            # A nested model casts its inputs to the dtype they were declared with; Keras has no
+            # way to declare them anew.
+            layer._dtype = layer.output._dtype = "float64"
 
 
 class _Float64Compute(keras.DTypePolicy):
@@ -33,11 +41,6 @@ class _Float64Compute(keras.DTypePolicy):
 def _widen(layers: list[keras.layers.Layer]) -> None:
     for layer in layers:
         layer.dtype_policy = _Float64Compute()
-
-
-def _all_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Returns the model and all layers in it, at any depth (Keras has no public name for this)."""
-    return list(model._flatten_layers())
 
 
 def _is_head(layer: keras.layers.Layer) -> bool:

@@ -10,6 +10,7 @@ import keras
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.losses import check_loss
+from tracin_transforms.models.layers import check_end, find_last_dense
 from tracin_transforms.storage.checkpoint_series import FILE_NAME, write_checkpoint_series
 from tracin_transforms.storage.files import local_path, written_atomically
 
@@ -22,14 +23,18 @@ class CheckpointRecorder(keras.callbacks.Callback):
 
         model.fit(x, y, epochs=12, callbacks=[CheckpointRecorder("run", every=2)])
 
+    Where the same model is fitted again with the same recorder, the run goes on and its epochs are
+    counted on. Influence is that of the plain loss: class and sample weights are not recorded.
+
     Args:
         directory: The run's directory; made if it does not exist.
         every: Record after every so many epochs.
         epochs: Record after these epochs instead, counted from 1.
 
     Raises:
-        InputError: Both or neither of `every` and `epochs` make sense; the directory already
-            holds a run; the model's loss is not supported (when training begins).
+        InputError: Both or neither of `every` and `epochs` make sense. When training begins: the
+            directory already holds a run, the model or its loss is not supported, no epoch would
+            be recorded, or this recorder has recorded another model.
     """
 
     def __init__(
@@ -47,18 +52,46 @@ class CheckpointRecorder(keras.callbacks.Callback):
         self._every = every
         self._epochs = None if epochs is None else frozenset(epochs)
         self._checkpoints: list[Checkpoint] = []
-        self._loss: tuple[str, bool] = ("", False)
-        self._learning_rate = math.nan
+        self._recorded: tuple[keras.Model, str, bool] | None = None
         self._batch_size: int | None = None
+        # The learning rate, and after how many of the optimizer's steps it was noted.
+        self._noted = (math.nan, 0)
+        # What the fits before this one did.
+        self._epochs_before: int | None = 0
+        self._steps_before = 0
+        self._finished_epochs = 0
+        self._finished_steps = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Validates the model's loss and makes the directory."""
-        if (self._directory / FILE_NAME).exists() and not self._checkpoints:
+        """Validates model, loss and epochs, and makes the directory."""
+        if self._recorded is None and (self._directory / FILE_NAME).exists():
             raise InputError(
                 f"{str(self._directory)!r} already holds a training run: choose another directory"
             )
-        self._loss = _training_loss(self.model)
+        recorded = (self.model, *_training_loss(self.model))
+        if self._recorded not in (None, recorded):
+            raise InputError(
+                "this CheckpointRecorder has recorded another model, or the same with another "
+                "loss: use one recorder, with a directory of its own, for each training run"
+            )
+        what = f"model {self.model.name!r}"
+        check_end(find_last_dense(self.model, what), *recorded[1:], what)
+        if not self._checkpoints and not any(map(self._is_due, range(1, self._last_epoch() + 1))):
+            raise InputError(
+                f"training ends after {self._last_epoch()} epochs, but the first checkpoint is due "
+                f"after {self._every if self._epochs is None else min(self._epochs)}: none would "
+                "be recorded"
+            )
+        self._recorded = recorded
         self._directory.mkdir(parents=True, exist_ok=True)
+        # A model that was compiled again counts its steps from 0, and `fit` its epochs.
+        self._steps_before = max(0, self._finished_steps - int(self.model.optimizer.iterations))
+        self._epochs_before = None
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Finds out, in a fit's first epoch, whether it counts on from the fit before."""
+        if self._epochs_before is None:
+            self._epochs_before = max(0, self._finished_epochs - epoch)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the learning rate of the epoch's last step, before the step.
@@ -67,8 +100,8 @@ class CheckpointRecorder(keras.callbacks.Callback):
         it at the epoch's end.
         """
         steps = self.params.get("steps")
-        if steps is None or batch + 1 >= steps:
-            self._learning_rate = float(self.model.optimizer.learning_rate)
+        if steps is None or batch + self.model.steps_per_execution >= steps:
+            self._note_learning_rate()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the batch size."""
@@ -77,30 +110,48 @@ class CheckpointRecorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the checkpoint, if one is due, and then ``checkpoints.json``."""
-        finished = epoch + 1
-        due = finished % self._every == 0 if self._epochs is None else finished in self._epochs
-        if not due:
-            return
-        path = self._directory / f"epoch-{finished:03d}.keras"
+        steps = int(self.model.optimizer.iterations)
+        if steps - self._noted[1] > self.model.steps_per_execution:
+            # The data ended before the step that was to be the last.
+            self._note_learning_rate()
+        self._finished_epochs = epoch + 1 + (self._epochs_before or 0)
+        self._finished_steps = steps + self._steps_before
+        if self._is_due(self._finished_epochs):
+            self._write_checkpoint((logs or {}).get("loss"))
+
+    def _is_due(self, finished_epochs: int) -> bool:
+        if self._epochs is None:
+            return finished_epochs % self._every == 0
+        return finished_epochs in self._epochs
+
+    def _last_epoch(self) -> int:
+        return int(self.params["epochs"])
+
+    def _note_learning_rate(self) -> None:
+        optimizer = self.model.optimizer
+        self._noted = (float(optimizer.learning_rate), int(optimizer.iterations))
+
+    def _write_checkpoint(self, loss: float | None) -> None:
+        path = self._directory / f"epoch-{self._finished_epochs:03d}.keras"
         with written_atomically(path) as temporary:
             self.model.save(temporary, include_optimizer=False)
-        loss = (logs or {}).get("loss")
         self._checkpoints.append(
             Checkpoint(
                 id=path.stem,
                 path=path.name,
-                learning_rate=self._learning_rate,
-                step=int(self.model.optimizer.iterations),
-                epoch=finished,
+                learning_rate=self._noted[0],
+                step=self._finished_steps,
+                epoch=self._finished_epochs,
                 loss=None if loss is None else float(loss),
             )
         )
+        name, from_logits = _training_loss(self.model)
         write_checkpoint_series(
             self._directory,
             CheckpointSeries(
                 checkpoints=tuple(self._checkpoints),
-                loss=self._loss[0],
-                from_logits=self._loss[1],
+                loss=name,
+                from_logits=from_logits,
                 batch_size=self._batch_size,
                 optimizer=type(self.model.optimizer).__name__.lower(),
             ),
@@ -118,7 +169,7 @@ def _training_loss(model: keras.Model) -> tuple[str, bool]:
     if loss is None:
         raise InputError(f"the model's loss is {model.loss!r}: expected one loss")
     if not isinstance(loss, keras.losses.Loss):
-        name = loss.__name__
+        name = getattr(loss, "__name__", repr(loss))
         check_loss(name)
         return name, False
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(loss).__name__).lstrip("_")

@@ -31,7 +31,7 @@ class Picture:
     image: str
     label: int
     prediction: int
-    score: float | None = None
+    score: float | None
     true_label: int | None = None
 
 

@@ -18,8 +18,9 @@ def write_factor_block(path: Path, block: FactorBlock) -> None:
         "predictions": block.predictions,
         "losses": block.losses,
         "checkpoint_ids": np.array(block.checkpoint_ids),
-        "layer_names": np.array([layer.name for layer in block.gradients[0].layers]),
-        "has_bias": np.array([layer.has_bias for layer in block.gradients[0].layers]),
+        # Shape [K, layers]: Keras may name the same layer otherwise in another session.
+        "layer_names": np.array([[layer.name for layer in g.layers] for g in block.gradients]),
+        "has_bias": np.array([[layer.has_bias for layer in g.layers] for g in block.gradients]),
     }
     for k, gradient in enumerate(block.gradients):
         for i, layer in enumerate(gradient.layers):
@@ -32,7 +33,7 @@ def write_factor_block(path: Path, block: FactorBlock) -> None:
 def read_factor_block(path: Path) -> FactorBlock:
     """Returns the block that `write_factor_block` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
-        layers = list(zip(arrays["layer_names"], arrays["has_bias"], strict=True))
+        names, has_bias = arrays["layer_names"], arrays["has_bias"]
         return FactorBlock(
             shard=str(arrays["shard"]),
             start=int(arrays["start"]),
@@ -45,12 +46,12 @@ def read_factor_block(path: Path) -> FactorBlock:
                     checkpoint_id=str(checkpoint_id),
                     layers=tuple(
                         LayerFactors(
-                            name=str(name),
+                            name=str(names[k, i]),
                             activations=arrays[f"activations_{k}_{i}"],
                             error_signals=arrays[f"error_signals_{k}_{i}"],
-                            has_bias=bool(has_bias),
+                            has_bias=bool(has_bias[k, i]),
                         )
-                        for i, (name, has_bias) in enumerate(layers)
+                        for i in range(names.shape[1])
                     ),
                 )
                 for k, checkpoint_id in enumerate(arrays["checkpoint_ids"])

@@ -12,14 +12,17 @@ from tracin_transforms.core.errors import InputError
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Returns the path, absolute.
+    """Returns the path, absolute and without ``..``.
 
     Raises:
-        InputError: It names another file system, such as ``gs://``.
+        InputError: It is empty, or names another file system, such as ``gs://``.
     """
-    if "://" in os.fspath(path):
-        raise InputError(f"{os.fspath(path)!r}: only local paths are supported so far")
-    return Path(path).expanduser().absolute()
+    text = os.fspath(path)
+    if not text:
+        raise InputError("the path is empty: expected a file or directory")
+    if "://" in text:
+        raise InputError(f"{text!r}: only local paths are supported so far")
+    return Path(os.path.abspath(Path(text).expanduser()))
 
 
 def existing_file(path: str | os.PathLike[str], what: str) -> Path:
@@ -40,13 +43,36 @@ def written_atomically(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, which becomes `path` if the block succeeds.
 
     The temporary file lies in the same directory, so the move is atomic and the last writer wins.
+
+    Raises:
+        InputError: The system refuses, for example because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _refusals_named(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """Turns an OSError into an InputError; Beam cannot raise a worker's OSError as what it is."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def mark(path: Path) -> None:
+    """Makes an empty file; the same mark twice is one.
+
+    Raises:
+        InputError: The system refuses.
+    """
+    with _refusals_named(path):
+        path.touch()
 
 
 def sha256(path: Path) -> str:
@@ -79,15 +105,28 @@ class StagedDirectory:
         return self.path
 
     def publish(self) -> None:
-        """Moves the directory into place; what was there before is replaced."""
+        """Moves the directory into place; a directory that was there before is replaced.
+
+        Raises:
+            OSError: It cannot be moved; then both directories are where they were.
+        """
         previous = None
         if self.output.exists():
-            previous = self.output.with_name(f".{self.output.name}.{uuid.uuid4().hex}.old")
+            previous = self.output.with_name(f".{uuid.uuid4().hex}.old")
             os.rename(self.output, previous)
-        os.rename(self.path, self.output)
+        try:
+            os.rename(self.path, self.output)
+        except BaseException:
+            if previous is not None:
+                os.rename(previous, self.output)
+            raise
         if previous is not None:
             shutil.rmtree(previous)
 
     def discard(self) -> None:
-        """Removes the staging directory with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes the staging directory with all that is in it, if it is still there."""
+        # Under a name that no thread of an interrupted pipeline knows and could write into.
+        doomed = self.path.with_suffix(".gone")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -24,6 +24,7 @@ def write_manifest(directory: Path, run: dict[str, Any], summary: dict[str, Any]
         "format": FORMAT,
         "run": run,
         "summary": summary,
+        "files": sorted(path.name for path in directory.iterdir()),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
     (directory / FILE_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -42,40 +43,76 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    known = isinstance(document, dict) and document.get("format") == FORMAT
+    if not known or not {"run", "summary", "files"} <= document.keys():
         raise InputError(f"{str(path)!r} is not a manifest of format {FORMAT}")
     return document
 
 
-def is_finished(output: Path, run: dict[str, Any]) -> bool:
+def is_finished(output: Path, run: dict[str, Any], overwrite: bool = False) -> bool:
     """Returns whether the output directory already holds the result of exactly this run.
+
+    Args:
+        output: The directory.
+        run: What determines the result.
+        overwrite: A result of the same command may be replaced, so it does not count. Anything
+            else may not: a slip must not cost more than what can be computed again.
 
     Raises:
         InputError: It holds something else; the message says what differs.
     """
-    if output.is_file():
+    if output.exists() and not output.is_dir():
         raise InputError(f"output {str(output)!r} is a file: expected a directory")
+    if output.is_mount():
+        raise InputError(f"output {str(output)!r} is a mount point: choose a directory in it")
     if not output.exists() or not any(output.iterdir()):
         return False
     if not (output / FILE_NAME).is_file():
         raise InputError(
             f"output {str(output)!r} is not empty and holds no result of this command: choose "
-            "another directory, or replace it with --overwrite"
+            "another directory"
         )
-    known = read_manifest(output)["run"]
+    manifest = read_manifest(output)
+    if overwrite:
+        _check_replaceable(output, manifest, run)
+        return False
     # As read back from JSON, where tuples have become lists.
-    wanted = json.loads(json.dumps(run))
-    if known == wanted:
-        return True
-    differences = [
-        f"{name} is {_short(known.get(name))} there and {_short(wanted.get(name))} here"
-        for name in sorted(known.keys() | wanted.keys())
-        if known.get(name) != wanted.get(name)
-    ]
-    raise InputError(
-        f"output {str(output)!r} holds the result of another run: {'; '.join(differences)}. "
-        "Choose another directory, or replace it with --overwrite"
-    )
+    differences = _differences(manifest["run"], json.loads(json.dumps(run)))
+    if differences:
+        raise InputError(
+            f"output {str(output)!r} holds the result of another run: {'; '.join(differences)}. "
+            "Choose another directory, or replace it with --overwrite"
+        )
+    return True
+
+
+def _check_replaceable(output: Path, manifest: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raises InputError if the directory is more than a result of the same command."""
+    command = manifest["run"].get("command")
+    if command != run["command"]:
+        raise InputError(
+            f"output {str(output)!r} holds a result of {command!r}, not of {run['command']!r}: "
+            "choose another directory"
+        )
+    foreign = sorted({path.name for path in output.iterdir()} - {*manifest["files"], FILE_NAME})
+    if foreign:
+        raise InputError(
+            f"output {str(output)!r} holds {foreign[0]!r}, which is no part of the result: move "
+            "it away or choose another directory"
+        )
+
+
+def _differences(known: Any, wanted: Any, name: str = "") -> list[str]:
+    """Returns what differs, as "checkpoints[1].weight is 0.1 there and 0.2 here"."""
+    if isinstance(known, dict) and isinstance(wanted, dict):
+        keys = sorted(known.keys() | wanted.keys())
+        parts = [(f"{name}.{key}".lstrip("."), known.get(key), wanted.get(key)) for key in keys]
+    elif isinstance(known, list) and isinstance(wanted, list) and len(known) == len(wanted):
+        parts = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(known, wanted, strict=True))]
+    else:
+        same = known == wanted
+        return [] if same else [f"{name} is {_short(known)} there and {_short(wanted)} here"]
+    return [found for part, a, b in parts for found in _differences(a, b, part)]
 
 
 def _version(package: str) -> str | None:

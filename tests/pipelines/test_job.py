@@ -1,0 +1,56 @@
+import pytest
+
+from pipelines.job import Output, staged_output
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.storage.manifest import write_manifest
+
+RUN = {"command": "influence", "k": 20}
+
+
+def _finish(directory, run):
+    (directory / "influence-00000-of-00001.parquet").write_text(str(run["k"]))
+    write_manifest(directory, run, {})
+
+
+def test_a_complete_result_appears_at_its_place(tmp_path):
+    output = Output(tmp_path / "out", RUN, overwrite=False)
+    with staged_output(output) as staging:
+        (staging.work / "scratch").write_text("")
+        _finish(staging.result, RUN)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "Already done" in output.already_done()
+
+
+def _fail(output, error):
+    with staged_output(Output(output, RUN, overwrite=False)) as staging:
+        (staging.result / "half").write_text("")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_incomplete_result_leaves_nothing(tmp_path, error):
+    with pytest.raises(error):
+        _fail(tmp_path / "out", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _take_meanwhile(output, overwrite):
+    """Another job, with another k, finishes in the same place while this one runs."""
+    with staged_output(Output(output, RUN, overwrite)) as staging:
+        output.mkdir()
+        _finish(output, {**RUN, "k": 10})
+        _finish(staging.result, RUN)
+
+
+def test_an_output_taken_meanwhile_is_kept_and_so_is_the_result(tmp_path):
+    with pytest.raises(InputError, match=r"k is 10 there and 20 here.*kept in .*\.partial$"):
+        _take_meanwhile(tmp_path / "out", overwrite=False)
+    texts = {path.parent.name: path.read_text() for path in tmp_path.glob("*/*.parquet")}
+    assert texts.pop("out") == "10"
+    assert list(texts.values()) == ["20"]
+
+
+def test_with_overwrite_the_last_job_wins(tmp_path):
+    _take_meanwhile(tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert next((tmp_path / "out").glob("*.parquet")).read_text() == "20"

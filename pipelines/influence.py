@@ -17,6 +17,7 @@ from pipelines.job import (
     open_inputs,
     open_output,
     query_factors,
+    shown,
     staged_output,
 )
 from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
@@ -93,9 +94,9 @@ def _summary(
     ]
     for row in rows.filter(pc.equal(rows["rank"], 1)).slice(0, 10).to_pylist():
         lines.append(
-            f"  query {row['query_id']} (label {row['query_label']}, predicted "
-            f"{row['query_prediction']}): first {row['direction']} {row['example_id']} (label "
-            f"{row['label']}), influence {row['influence']:.4g}"
+            f"  query {row['query_id']} (label {shown(row['query_label'])}, predicted "
+            f"{shown(row['query_prediction'])}): first {row['direction']} {row['example_id']} "
+            f"(label {shown(row['label'])}), influence {row['influence']:.4g}"
         )
     for direction, count in fewer.items():
         if count:

@@ -78,6 +78,7 @@ def describe_run(command: str, inputs: Inputs, **more: Any) -> dict[str, Any]:
         "command": command,
         "loss": series.loss,
         "from_logits": series.from_logits,
+        "loss_options": dict(series.loss_options),
         "checkpoints": checkpoints,
         "examples": inputs.source.fingerprint(),
         **more,
@@ -147,6 +148,13 @@ def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBl
             for batch in source.read(shard, BLOCK_ROWS)
         ]
     )
+
+
+def shown(value: int | float | list[float]) -> str:
+    """Returns a label or prediction as a summary shows it: several numbers are cut short."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value[:4]))}{', ...' if len(value) > 4 else ''}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pipelines.job import (
     keras_extractor,
     open_inputs,
     open_output,
+    shown,
     staged_output,
 )
 from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
@@ -61,8 +62,8 @@ def _summary(top: list[dict[str, Any]], count: int, seconds: float, output: Path
     ]
     for row in top:
         lines.append(
-            f"  {row['rank']:>4}  {row['self_influence']:>14.6g}  {row['label']:>5}  "
-            f"{row['prediction']:>9}  {row['example_id']}"
+            f"  {row['rank']:>4}  {row['self_influence']:>14.6g}  {shown(row['label']):>5}  "
+            f"{shown(row['prediction']):>9}  {row['example_id']}"
         )
     return "\n".join(
         [

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
-from tracin_transforms.core.losses import softmax_cross_entropy
+from tracin_transforms.core.losses import softmax_cross_entropy, target_rows
 from tracin_transforms.core.protocols import ExampleBatch, Shard
 
 CLASSES, WIDTH, CHECKPOINTS = 4, 6, 3
@@ -110,21 +110,21 @@ class LinearExtractor:
 
     def extract(self, batch: ExampleBatch) -> FactorBlock:
         rng = np.random.default_rng(self.seed)
-        values, gradients = [], []
+        rows = target_rows("index", batch.targets, (len(batch), CLASSES))
+        losses, gradients = [], []
         for k in range(CHECKPOINTS):
             kernel = rng.standard_normal((WIDTH, CLASSES))
-            found = softmax_cross_entropy(batch.inputs.astype(np.float64) @ kernel, batch.targets)
-            values.append(found)
-            layer = LayerFactors(
-                "dense", batch.inputs, found.error_signals.astype(np.float32), has_bias=True
-            )
+            logits = batch.inputs.astype(np.float64) @ kernel
+            loss, signals = softmax_cross_entropy(np, logits, rows)
+            losses.append(loss)
+            layer = LayerFactors("dense", batch.inputs, signals.astype(np.float32), has_bias=True)
             gradients.append(GradientFactors(f"epoch-{k}", (layer,)))
         return FactorBlock(
             shard=batch.shard,
             start=batch.start,
             example_ids=batch.example_ids,
-            labels=values[-1].labels,
-            predictions=values[-1].predictions,
-            losses=np.stack([v.losses for v in values], axis=1).astype(np.float32),
+            labels=batch.targets.astype(np.int32),
+            predictions=logits.argmax(axis=1).astype(np.int32),
+            losses=np.stack(losses, axis=1).astype(np.float32),
             gradients=tuple(gradients),
         )

@@ -6,7 +6,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that
 
-from tests.factories import CHECKPOINTS, WEIGHTS, ArraySource, LinearExtractor
+from tests.factories import WEIGHTS, ArraySource, LinearExtractor
 from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence, _MergeTop
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence
@@ -48,7 +48,7 @@ CASES = [(1, 1000, ()), (2, 7, ()), (7, 32, ()), (150, 1, ()), (7, 32, PROCESSES
 def test_influence_equals_the_direct_computation(tmp_path, queries, shards, block_rows, beam_args):
     source = ArraySource(N, shards)
     expected = merge_block(
-        TopInfluences.empty(queries.example_ids, K, CHECKPOINTS),
+        TopInfluences.empty(queries, K),
         _all_factors(source),
         queries,
         WEIGHTS,
@@ -127,7 +127,7 @@ def test_transforms_are_small_when_pickled(tmp_path):
 def test_merging_tops_without_a_pipeline(queries):
     combine = _MergeTop()
     block = _all_factors(ArraySource(N, 1))
-    none = TopInfluences.empty(queries.example_ids, K, CHECKPOINTS)
+    none = TopInfluences.empty(queries, K)
     parts = [
         merge_block(none, block.rows(rows), queries, WEIGHTS)
         for rows in np.array_split(np.arange(N), 4)

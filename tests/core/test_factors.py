@@ -28,7 +28,7 @@ def test_arrays_that_do_not_fit_are_refused():
     block = random_block(np.random.default_rng(0), 3)
     fields = {name: getattr(block, name) for name in block.__dataclass_fields__}
     for name, value, message in [
-        ("labels", np.zeros(2, np.int32), "labels have shape"),
+        ("labels", np.zeros(2, np.int32), "labels are 2, expected 3"),
         ("losses", np.zeros((3, 2), np.float32), "losses have shape"),
         ("example_ids", np.arange(3), "expected unicode"),
         ("gradients", (), "at least one checkpoint"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.factories import CHECKPOINTS, WEIGHTS, random_block, split
+from tests.factories import WEIGHTS, random_block, split
 from tracin_transforms.core.influence import pair_influence
 from tracin_transforms.core.ranking import (
     InfluenceRows,
@@ -40,7 +40,18 @@ def _top(rows: list[tuple[int, int, int]], k: int) -> TopInfluences:
         per_checkpoint=np.array(scores, dtype=np.float64).reshape(-1, 1),
     )
     everything = TopInfluences(QUERY_IDS, k, pairs, pairs)
-    return everything.merge(TopInfluences.empty(QUERY_IDS, k, 1))
+    return everything.merge(_none(k))
+
+
+def _none(k: int, query_ids: np.ndarray = QUERY_IDS) -> TopInfluences:
+    none = InfluenceRows(
+        query_rows=np.empty(0, dtype=np.int64),
+        example_ids=np.empty(0, dtype="U1"),
+        labels=np.empty(0, dtype=np.int32),
+        predictions=np.empty(0, dtype=np.int32),
+        per_checkpoint=np.empty((0, 1)),
+    )
+    return TopInfluences(query_ids, k, none, none)
 
 
 # Few different scores, so that ties are common; each (query, example) at most once.
@@ -63,7 +74,7 @@ def test_merge_laws(rows, k, data):
     assert_same(a.merge(b).merge(c), whole)
     assert_same(a.merge(b.merge(c)), whole)
     assert_same(c.merge(a).merge(b), whole)
-    assert_same(whole.merge(TopInfluences.empty(QUERY_IDS, k, 1)), whole)
+    assert_same(whole.merge(_none(k)), whole)
 
 
 @given(triples, st.integers(1, 5))
@@ -81,11 +92,11 @@ def test_order_is_by_score_and_then_by_id(rows, k):
 
 
 def test_merging_other_queries_is_refused():
-    top = TopInfluences.empty(QUERY_IDS, 2, 1)
+    top = _none(2)
     with pytest.raises(ValueError, match="same queries and the same k"):
-        top.merge(TopInfluences.empty(QUERY_IDS, 3, 1))
+        top.merge(_none(3))
     with pytest.raises(ValueError, match="same queries and the same k"):
-        top.merge(TopInfluences.empty(np.array(["q0", "q1", "other"]), 2, 1))
+        top.merge(_none(2, np.array(["q0", "q1", "other"])))
 
 
 def _reference(block, queries, k):
@@ -106,7 +117,7 @@ def _reference(block, queries, k):
 def test_blocks_merged_equal_the_full_sort(k, pieces):
     rng = np.random.default_rng(0)
     block, queries = random_block(rng, 700), random_block(rng, 5, "q")
-    top = TopInfluences.empty(queries.example_ids, k, CHECKPOINTS)
+    top = TopInfluences.empty(queries, k)
     for part in split(block, pieces):
         top = merge_block(top, part, queries, WEIGHTS)
 
@@ -128,7 +139,7 @@ def test_scores_closer_than_float32_can_tell_are_ordered_exactly():
             )
     expected = _reference(block, queries, 5)
     for pieces in (1, 13, 400):
-        top = TopInfluences.empty(queries.example_ids, 5, CHECKPOINTS)
+        top = TopInfluences.empty(queries, 5)
         for part in split(block, pieces):
             top = merge_block(top, part, queries, WEIGHTS)
         for (query, name), ids in expected.items():
@@ -141,9 +152,7 @@ def test_a_query_without_gradient_has_neither_proponents_nor_opponents():
     block, queries = random_block(rng, 50), random_block(rng, 2, "q")
     for gradient in queries.gradients:
         gradient.layers[0].error_signals[0] = 0
-    top = merge_block(
-        TopInfluences.empty(queries.example_ids, 4, CHECKPOINTS), block, queries, WEIGHTS
-    )
+    top = merge_block(TopInfluences.empty(queries, 4), block, queries, WEIGHTS)
 
     assert top.proponents.query_rows.tolist() == [1] * 4
     assert top.opponents.query_rows.tolist() == [1] * 4

@@ -19,7 +19,8 @@ def run(trained, tmp_path):
 def _refused(command, arguments, *fragments):
     done = tracin(command, arguments)
     assert done.returncode == 1, done.stdout
-    assert done.stderr.startswith("tracin: error: ")
+    # Before it, on a slow machine, a line of progress.
+    assert done.stderr.splitlines()[-1].startswith("tracin: error: ")
     for fragment in fragments:
         assert fragment in done.stderr
     output = Path(arguments["--output"])
@@ -41,7 +42,7 @@ def _checkpoint(change):
             _checkpoint({"learning_rate": None}),
             ["'epoch-004' has no learning rate", "--checkpoint-weights equal"],
         ),
-        (lambda d: d.update(loss="mse"), ["loss 'mse' is unknown: expected one of"]),
+        (lambda d: d.update(loss="nonsense"), ["loss 'nonsense' is unknown: expected"]),
     ],
 )
 def test_bad_runs(run, arguments, change, fragments):
@@ -85,7 +86,7 @@ def _with_nan(value):
 BAD_EXAMPLES = [
     ({"y": None}, "", ["has no array 'y'", "found x"]),
     ({"y": np.arange(49)}, "", ["'x' has 50, 'y' has 49"]),
-    ({"x": np.zeros((50, 6), np.float32)}, "", ["shape (6,), but the model", "takes (5,)"]),
+    ({"x": np.zeros((50, 6), np.float32)}, "", ["inputs of shape (5,)", "examples have (6,)"]),
     (
         {"y": np.full(50, 4)},
         "",

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.conftest import TRACIN, tracin
+from tracin_transforms.models.recorder import CheckpointRecorder
 
 WORKERS = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
@@ -84,6 +85,48 @@ def test_self_influence_equals_the_reference(trained, arguments, tmp_path, more)
     np.testing.assert_allclose([r["per_checkpoint"] for r in rows], parts[order], rtol=2e-5)
     assert f"1  {rows[0]['self_influence']:>14.6g}" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_regression_model(tmp_path, outputs):
+    """From training with the recorder on; labels and predictions are numbers, or lists of them."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((90, 5)).astype(np.float32)
+    targets = np.tanh(inputs @ rng.standard_normal((5, outputs))) + 0.1
+    targets = targets[:, 0] if outputs == 1 else targets
+    np.savez(tmp_path / "train.npz", x=inputs, y=targets)
+    np.savez(tmp_path / "queries.npz", x=inputs[:4] + 0.5, y=targets[:4])
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(6, "relu"), keras.layers.Dense(outputs)]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    recorder = CheckpointRecorder(tmp_path / "run")
+    model.fit(inputs, targets, epochs=1, verbose=0, callbacks=[recorder])
+    specs = [f"npz:{tmp_path / name}.npz" for name in ("train", "queries")]
+    names = ("--checkpoints", "--examples", "--queries", "--output")
+    arguments = dict(zip(names, (tmp_path / "run", *specs, tmp_path / "out"), strict=True))
+    done = tracin("influence", arguments, "--k=5")
+    assert done.returncode == 0, done.stderr
+
+    w1, b1, w2, b2 = (w.astype(np.float64) for w in model.get_weights())
+    hidden = [np.maximum(x @ w1 + b1, 0) for x in (inputs, inputs[:4] + 0.5)]
+    predicted = [h @ w2 + b2 for h in hidden]
+    e, f = (
+        2 * (y - t.reshape(y.shape)) / outputs
+        for y, t in zip(predicted, (targets, targets[:4]), strict=True)
+    )
+    influence = 0.1 * (e @ f.T) * (hidden[0] @ hidden[1].T + 1)
+    rows = pq.read_table(tmp_path / "out" / "influence-00000-of-00001.parquet").to_pylist()
+    for q in range(4):
+        mine = [r for r in rows if r["query_id"] == f"queries:{q}"]
+        first = [r for r in mine if r["direction"] == "proponent"]
+        order = np.argsort(-influence[:, q])[: len(first)]
+        assert [r["example_id"] for r in first] == [f"train:{i}" for i in order]
+        found = np.array([r["label"] for r in first]).reshape(len(first), outputs)
+        np.testing.assert_allclose(found, targets[order].reshape(found.shape), rtol=1e-6)
+        prediction = np.array(mine[0]["query_prediction"]).ravel()
+        np.testing.assert_allclose(prediction, predicted[1][q], rtol=1e-5)
 
 
 def test_the_same_again_is_done_and_another_is_refused(arguments, tmp_path):

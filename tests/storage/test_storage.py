@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.factories import CHECKPOINTS, WEIGHTS, random_block, split
+from tests.factories import WEIGHTS, random_block, split
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.influence import self_influence
@@ -298,9 +298,7 @@ def test_ids_that_occur_twice_and_lost_examples_are_found(tmp_path):
 def test_influence_files(tmp_path):
     rng = np.random.default_rng(3)
     block, queries = random_block(rng, 30), random_block(rng, 3, "q")
-    top = merge_block(
-        TopInfluences.empty(queries.example_ids, 4, CHECKPOINTS), block, queries, WEIGHTS
-    )
+    top = merge_block(TopInfluences.empty(queries, 4), block, queries, WEIGHTS)
     write_influence(tmp_path, top, queries)
 
     table = read_result(tmp_path, "influence")

@@ -76,7 +76,7 @@ class _ScoreBlocks(beam.DoFn):
 
     def setup(self) -> None:
         self._queries: FactorBlock = self._shared.acquire(lambda: read_factor_block(self._path))
-        self._none = TopInfluences.empty(self._queries.example_ids, self._k, len(self._weights))
+        self._none = TopInfluences.empty(self._queries, self._k)
 
     def start_bundle(self) -> None:
         self._best = self._none

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.losses import check_loss
 
 FORMAT = 1
 
@@ -55,17 +54,20 @@ class CheckpointSeries:
 
     Attributes:
         checkpoints: In the order of training.
-        loss: Keras name of the training loss, one of ``losses.LOSSES``.
-        from_logits: Whether the loss took logits (True) or probabilities (False).
+        loss: Keras name of the training loss, such as ``mean_squared_error``.
+        from_logits: Whether the loss took logits (True) or probabilities (False); None for a loss
+            that knows no such difference.
+        loss_options: The loss's other options, such as ``{"label_smoothing": 0.1}``; JSON values.
         batch_size: Examples per optimizer step, or None if unknown.
         optimizer: Name of the optimizer, or None if unknown.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     loss: str
-    from_logits: bool
+    from_logits: bool | None
     batch_size: int | None = None
     optimizer: str | None = None
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
@@ -83,9 +85,12 @@ class CheckpointSeries:
                     f"checkpoint {after.id!r} has step {after.step}, after {before.id!r} with "
                     f"{before.step}: expected the order of training"
                 )
-        check_loss(self.loss)
-        if not isinstance(self.from_logits, bool):
-            raise InputError(f"'from_logits' is {self.from_logits!r}, expected true or false")
+        if not isinstance(self.loss, str) or not self.loss:
+            raise InputError(f"'loss' is {self.loss!r}, expected the Keras name of a loss")
+        if self.from_logits is not None and not isinstance(self.from_logits, bool):
+            raise InputError(f"'from_logits' is {self.from_logits!r}, expected true, false or null")
+        if not isinstance(self.loss_options, Mapping):
+            raise InputError(f"'loss_options' is {self.loss_options!r:.60}, expected an object")
 
     def weights(self, kind: str) -> np.ndarray:
         """Returns the weight of each checkpoint in the sum over checkpoints, shape [K], float64.
@@ -128,7 +133,7 @@ def series_from_json(document: Any) -> CheckpointSeries:
         raise InputError(f"expected an object with 'checkpoints', found {document!r:.60}")
     if document.get("format") != FORMAT:
         raise InputError(f"'format' is {document.get('format')!r}, expected {FORMAT}")
-    for name in ("loss", "from_logits", "checkpoints"):
+    for name in ("loss", "checkpoints"):
         if name not in document:
             raise InputError(f"field {name!r} is missing")
     entries = document["checkpoints"]
@@ -137,9 +142,10 @@ def series_from_json(document: Any) -> CheckpointSeries:
     return CheckpointSeries(
         checkpoints=tuple(_checkpoint_from_json(entry, i) for i, entry in enumerate(entries)),
         loss=document["loss"],
-        from_logits=document["from_logits"],
+        from_logits=document.get("from_logits"),
         batch_size=document.get("batch_size"),
         optimizer=document.get("optimizer"),
+        loss_options=document.get("loss_options", {}),
     )
 
 

@@ -91,8 +91,9 @@ class FactorBlock:
         shard: Name of the shard the rows come from.
         start: Index of the first row within the shard.
         example_ids: Shape [n], unicode, unique.
-        labels: Class index of the label, shape [n], int32.
-        predictions: Class index predicted at the last checkpoint, shape [n], int32.
+        labels: Class index, int32, or value, float32, shape [n]; [n, m] where an example has
+            several.
+        predictions: What the last checkpoint predicts, in the form of the labels.
         losses: Loss at each checkpoint, shape [n, K], float32, in nats.
         gradients: One `GradientFactors` per checkpoint, in order.
     """
@@ -111,14 +112,11 @@ class FactorBlock:
             raise ValueError(f"block of shard {self.shard!r}: expected at least one checkpoint")
         if self.example_ids.dtype.kind != "U":
             raise ValueError(f"example_ids have dtype {self.example_ids.dtype}, expected unicode")
-        shapes = {
-            "labels": (self.labels.shape, (n,)),
-            "predictions": (self.predictions.shape, (n,)),
-            "losses": (self.losses.shape, (n, checkpoints)),
-        }
-        for field, (shape, expected) in shapes.items():
-            if shape != expected:
-                raise ValueError(f"{field} have shape {shape}, expected {expected}")
+        if self.losses.shape != (n, checkpoints):
+            raise ValueError(f"losses have shape {self.losses.shape}, expected {(n, checkpoints)}")
+        for field in ("labels", "predictions"):
+            if len(getattr(self, field)) != n:
+                raise ValueError(f"{field} are {len(getattr(self, field))}, expected {n}")
         for gradient in self.gradients:
             if len(gradient) != n:
                 raise ValueError(

@@ -1,102 +1,204 @@
-"""Training losses: the loss of one example and its error signal ∂loss/∂(pre-activations).
+"""Losses of single examples, and their error signals: the derivative by what the loss takes.
 
-To add a loss: write its function beside `softmax_cross_entropy` and register it in `LOSSES`
-under its Keras name.
+Each formula is written once, for any namespace with NumPy's names: NumPy itself, or ``keras.ops``
+inside a compiled call. ``y`` is what the loss takes, logits or outputs, shape [..., C]; ``t`` the
+targets. The sources are Keras's definitions of its losses; Pruthi et al. (2020), section 4.1, use
+the first.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tracin_transforms.core.errors import InputError
 
+# What Keras adds to, or clips, probabilities with.
+_EPSILON = 1e-7
 
-class LossValues(NamedTuple):
-    """What a loss gives for a batch.
+Arrays = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class LossFormula:
+    """A loss, as a function of one example's logits or outputs and its targets.
 
     Attributes:
-        error_signals: ∂loss/∂logits, shape [n, C], float64.
-        losses: Unreduced loss of each example, shape [n], float64, in nats.
-        labels: Index of the labelled class, shape [n], int32.
-        predictions: Index of the largest logit, shape [n], int32.
+        formula: Called as ``formula(xp, y, t, **options)`` with the namespace xp, y of shape
+            [..., C] and t of the same shape, both floating; returns the losses, shape [...], and
+            the error signals ∂loss/∂y, shape [..., C].
+        targets: What the targets are: ``index`` (a class index), ``distribution`` (a row over
+            the classes, such as a one-hot row), ``binary`` (0 or 1 for each output) or ``value``.
+        end: Activation at the end of a model that gives the loss probabilities, ``softmax`` or
+            ``sigmoid``; the formula takes its input, the logits. None: it takes the outputs.
     """
 
-    error_signals: np.ndarray
-    losses: np.ndarray
-    labels: np.ndarray
-    predictions: np.ndarray
+    formula: Callable[..., Arrays]
+    targets: str
+    end: str | None = None
 
 
-LossFunction = Callable[[np.ndarray, np.ndarray], LossValues]
+def softmax_cross_entropy(xp: Any, y: Any, t: Any, label_smoothing: float = 0.0) -> Arrays:
+    """``loss = -Σ_c t_c log p_c`` with p = softmax(y); ``∂loss/∂y = p Σt − t``.
 
-
-def softmax_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> LossValues:
-    r"""Returns the softmax cross-entropy of each example and its error signal.
-
-    With p = softmax(y) and target class t, ``loss = -log p_t`` and ``∂loss/∂y_c = p_c`` for
-    c ≠ t. The entry of the label, p_t − 1, is taken as −Σ_{c≠t} p_c, because for a well fitted
-    example p_t rounds to 1 long before the sum of the others rounds to 0. The sum of
-    the others is added up apart from the label's, so that nothing small is lost beside it.
-
-    Args:
-        logits: y, shape [n, C], floating, finite.
-        targets: Class indices, shape [n], integer, each in [0, C).
-
-    Returns:
-        `LossValues`; each row of error_signals sums to 0 up to rounding.
-
-    Raises:
-        InputError: A target is not an integer in [0, C); the message names its row.
-
-    Reference:
-        Pruthi et al. (2020), section 4.1: the last layer's gradient as an outer product.
+    For a one-hot row the label's entry, p − 1, is taken as −Σ of the other p, because for a well
+    fitted example p rounds to 1 long before the sum of the others rounds to 0.
     """
-    logits = np.asarray(logits, dtype=np.float64)
-    n, classes = logits.shape
-    targets = class_indices(targets, n, classes)
-    rows = np.arange(n)
+    t = _smoothed(t, label_smoothing, 1 / y.shape[-1])
+    p, rest, log_p = _softmax(xp, y)
+    whole = xp.sum(t, axis=-1, keepdims=True)
+    is_label = xp.logical_and(xp.equal(t, 1.0), xp.equal(whole, 1.0))
+    return -xp.sum(t * log_p, axis=-1), xp.where(is_label, -rest, whole * p - t)
 
-    shift = logits.max(axis=1, keepdims=True)
-    exponentials = np.exp(logits - shift)
-    label_exponential = exponentials[rows, targets].copy()
-    exponentials[rows, targets] = 0.0
-    others = exponentials.sum(axis=1)
-    total = others + label_exponential
 
-    error_signals = exponentials / total[:, None]
-    error_signals[rows, targets] = -others / total
-    # log p_t = y_t - max - log(total). Where p_t is near 1 the log1p form keeps the digits, and
-    # where the label's exponential underflows it would divide by zero.
-    fitted = label_exponential >= others
-    losses = np.log(total) - (logits[rows, targets] - shift[:, 0])
-    losses[fitted] = np.log1p(others[fitted] / label_exponential[fitted])
-    return LossValues(
-        error_signals=error_signals,
-        losses=losses,
-        labels=targets.astype(np.int32),
-        predictions=logits.argmax(axis=1).astype(np.int32),
+def categorical_focal_crossentropy(
+    xp: Any, y: Any, t: Any, alpha: float = 0.25, gamma: float = 2.0, label_smoothing: float = 0.0
+) -> Arrays:
+    """``loss = -α Σ_c t_c (1 − p_c)^γ log p_c`` with p = softmax(y)."""
+    t = _smoothed(t, label_smoothing, 1 / y.shape[-1])
+    p, rest, log_p = _softmax(xp, y)
+    focus = rest**gamma
+    # u_c = p_c ∂loss/∂p_c, and ∂p_c/∂y_j = p_c (δ_cj − p_j)
+    u = -alpha * t * (focus - gamma * p * rest ** (gamma - 1) * log_p)
+    others = xp.sum(u, axis=-1, keepdims=True) - u
+    return -alpha * xp.sum(t * focus * log_p, axis=-1), u * rest - p * others
+
+
+def binary_crossentropy(xp: Any, y: Any, t: Any, label_smoothing: float = 0.0) -> Arrays:
+    """``loss = mean_c -(t log σ(y) + (1 − t) log σ(−y))``; ``∂loss/∂y = (σ(y) − t) / C``."""
+    t = _smoothed(t, label_smoothing, 0.5)
+    p, rest, cross_entropy = _sigmoid(xp, y, t)
+    return xp.mean(cross_entropy, axis=-1), ((1 - t) * p - t * rest) / y.shape[-1]
+
+
+def binary_focal_crossentropy(
+    xp: Any,
+    y: Any,
+    t: Any,
+    apply_class_balancing: bool = False,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    label_smoothing: float = 0.0,
+) -> Arrays:
+    """``loss = mean_c w (1 − q)^γ · cross-entropy`` with q = t σ(y) + (1 − t) σ(−y)."""
+    t = _smoothed(t, label_smoothing, 0.5)
+    p, rest, cross_entropy = _sigmoid(xp, y, t)
+    weight = (t * alpha + (1 - t) * (1 - alpha)) if apply_class_balancing else 1.0
+    missing = t * rest + (1 - t) * p
+    slope = -(2 * t - 1) * p * rest
+    signal = gamma * missing ** (gamma - 1) * slope * cross_entropy + missing**gamma * (
+        (1 - t) * p - t * rest
     )
+    loss = xp.mean(weight * missing**gamma * cross_entropy, axis=-1)
+    return loss, weight * signal / y.shape[-1]
 
 
-def one_hot_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> LossValues:
-    """Returns `softmax_cross_entropy` for targets given as one-hot rows, shape [n, C].
+def kl_divergence(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = Σ_c t_c log(t_c / y_c)`` of probabilities clipped to [1e-7, 1]."""
+    t, clipped = xp.clip(t, _EPSILON, 1.0), xp.clip(y, _EPSILON, 1.0)
+    signal = xp.where(xp.equal(y, clipped), -t / clipped, xp.zeros_like(y))
+    return xp.sum(t * xp.log(t / clipped), axis=-1), signal
 
-    Raises:
-        InputError: A row is not one-hot (one 1, all others 0); the message names it.
-    """
-    targets = np.asarray(targets)
-    if targets.shape != logits.shape:
-        raise InputError(
-            f"one-hot labels have shape {targets.shape}, expected {logits.shape} "
-            "(categorical_crossentropy); integer labels need sparse_categorical_crossentropy"
-        )
-    is_one_hot = ((targets == 0) | (targets == 1)).all(axis=1) & (targets.sum(axis=1) == 1)
-    if not is_one_hot.all():
-        row = int(np.flatnonzero(~is_one_hot)[0])
-        found = f"{targets[row].tolist()}"
-        raise RowError(row, f"label {found:.80} is not one-hot: expected one 1, the rest 0")
-    return softmax_cross_entropy(logits, targets.argmax(axis=1))
+
+def mean_squared_error(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = mean_c (y − t)²``; ``∂loss/∂y = 2 (y − t) / C``."""
+    return xp.mean((y - t) ** 2, axis=-1), 2 * (y - t) / y.shape[-1]
+
+
+def mean_absolute_error(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = mean_c |y − t|``; ``∂loss/∂y = sign(y − t) / C``."""
+    return xp.mean(xp.abs(y - t), axis=-1), xp.sign(y - t) / y.shape[-1]
+
+
+def huber(xp: Any, y: Any, t: Any, delta: float = 1.0) -> Arrays:
+    """``½ (y − t)²`` up to |y − t| = δ, linear beyond; ``∂loss/∂y = clip(y − t, −δ, δ) / C``."""
+    error = y - t
+    inner = xp.clip(error, -delta, delta)
+    return xp.mean(inner * (error - inner / 2), axis=-1), inner / y.shape[-1]
+
+
+def log_cosh(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = mean_c log cosh(y − t)``; ``∂loss/∂y = tanh(y − t) / C``."""
+    error = xp.abs(y - t)
+    losses = error + xp.log1p(xp.exp(-2 * error)) - float(np.log(2))
+    return xp.mean(losses, axis=-1), xp.tanh(y - t) / y.shape[-1]
+
+
+def poisson(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = mean_c y − t log(y + 1e-7)``; ``∂loss/∂y = (1 − t / (y + 1e-7)) / C``."""
+    return xp.mean(y - t * xp.log(y + _EPSILON), axis=-1), (1 - t / (y + _EPSILON)) / y.shape[-1]
+
+
+def hinge(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = mean_c max(1 − t y, 0)`` with t = −1 or 1; 0 stands for −1."""
+    t = xp.where(xp.equal(t, 0.0), -xp.ones_like(t), t)
+    margin = 1 - t * y
+    # At the kink itself Keras's derivative is that of the slope.
+    signal = xp.where(xp.greater_equal(margin, 0.0), -t, xp.zeros_like(t)) / y.shape[-1]
+    return xp.mean(xp.maximum(margin, 0.0), axis=-1), signal
+
+
+def squared_hinge(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = mean_c max(1 − t y, 0)²`` with t = −1 or 1; 0 stands for −1."""
+    t = xp.where(xp.equal(t, 0.0), -xp.ones_like(t), t)
+    margin = xp.maximum(1 - t * y, 0.0)
+    return xp.mean(margin**2, axis=-1), -2 * t * margin / y.shape[-1]
+
+
+def categorical_hinge(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = max(max_c (1 − t_c) y_c − Σ_c t_c y_c + 1, 0)``."""
+    wrong = (1 - t) * y
+    highest = xp.max(wrong, axis=-1, keepdims=True)
+    margin = highest - xp.sum(t * y, axis=-1, keepdims=True) + 1
+    slope = xp.where(xp.equal(wrong, highest), 1 - t, xp.zeros_like(t)) - t
+    signal = xp.where(xp.greater_equal(margin, 0.0), slope, xp.zeros_like(t))
+    return xp.maximum(margin, 0.0)[..., 0], signal
+
+
+def _smoothed(t: Any, label_smoothing: float, towards: float) -> Any:
+    return t * (1 - label_smoothing) + label_smoothing * towards if label_smoothing else t
+
+
+def _softmax(xp: Any, y: Any) -> tuple[Any, Any, Any]:
+    """Returns p, 1 − p and log p, each without cancellation where p is near 1."""
+    z = y - xp.max(y, axis=-1, keepdims=True)
+    exponentials, zero = xp.exp(z), xp.zeros_like(z)
+    is_largest = xp.equal(z, 0.0)
+    smaller = xp.sum(xp.where(is_largest, zero, exponentials), axis=-1, keepdims=True)
+    ties = xp.sum(xp.where(is_largest, exponentials, zero), axis=-1, keepdims=True) - 1
+    others = smaller + ties
+    total = 1 + others
+    # `others` lacks one entry of the largest; where there are several, that is right for each.
+    rest = xp.where(is_largest, others, total - exponentials) / total
+    return exponentials / total, rest, z - xp.log1p(others)
+
+
+def _sigmoid(xp: Any, y: Any, t: Any) -> tuple[Any, Any, Any]:
+    """Returns σ(y), σ(−y) and the cross-entropy with t."""
+    zero = xp.zeros_like(y)
+    above, below = xp.logaddexp(zero, y), xp.logaddexp(zero, -y)
+    return xp.exp(-below), xp.exp(-above), t * below + (1 - t) * above
+
+
+LOSSES: dict[str, LossFormula] = {
+    "sparse_categorical_crossentropy": LossFormula(softmax_cross_entropy, "index", "softmax"),
+    "categorical_crossentropy": LossFormula(softmax_cross_entropy, "distribution", "softmax"),
+    "categorical_focal_crossentropy": LossFormula(
+        categorical_focal_crossentropy, "distribution", "softmax"
+    ),
+    "binary_crossentropy": LossFormula(binary_crossentropy, "binary", "sigmoid"),
+    "binary_focal_crossentropy": LossFormula(binary_focal_crossentropy, "binary", "sigmoid"),
+    "kl_divergence": LossFormula(kl_divergence, "distribution"),
+    "mean_squared_error": LossFormula(mean_squared_error, "value"),
+    "mean_absolute_error": LossFormula(mean_absolute_error, "value"),
+    "huber": LossFormula(huber, "value"),
+    "log_cosh": LossFormula(log_cosh, "value"),
+    "poisson": LossFormula(poisson, "value"),
+    "hinge": LossFormula(hinge, "binary"),
+    "squared_hinge": LossFormula(squared_hinge, "binary"),
+    "categorical_hinge": LossFormula(categorical_hinge, "distribution"),
+}
 
 
 class RowError(InputError):
@@ -111,38 +213,102 @@ class RowError(InputError):
         return f"row {self.row}: {self.problem}"
 
 
-def class_indices(targets: np.ndarray, n: int, classes: int) -> np.ndarray:
-    """Returns the targets as int64 class indices, shape [n].
+def target_rows(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns targets in the form that formulas take: one number for each output.
+
+    Args:
+        kind: `LossFormula.targets`.
+        targets: As the examples have them: indices of shape [n], or rows.
+        shape: Of the outputs, [n, ..., C].
+
+    Returns:
+        Shape [n, ..., C], float64.
 
     Raises:
-        InputError: Not n integers in [0, classes).
+        InputError: The targets do not fit the outputs; RowError where it is one row.
     """
     targets = np.asarray(targets)
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        targets = targets[:, 0]
-    if targets.shape != (n,) or not np.issubdtype(targets.dtype, np.integer):
+    if targets.ndim == len(shape) and targets.shape[-1] == 1 and (kind == "index"):
+        targets = targets[..., 0]
+    if targets.ndim == len(shape) - 1 and shape[-1] == 1 and kind != "index":
+        targets = targets[..., None]
+    if kind == "index":
+        return _one_hot(targets, shape)
+    if targets.shape != shape:
+        hint = "; integer labels need sparse_categorical_crossentropy"
         raise InputError(
-            f"labels have shape {targets.shape} and dtype {targets.dtype}, expected {n} integers "
-            "(sparse_categorical_crossentropy); one-hot labels need categorical_crossentropy"
+            f"labels have shape {targets.shape}, expected {shape}, as the model's outputs"
+            f"{hint if kind == 'distribution' and targets.ndim < len(shape) else ''}"
+        )
+    rows = targets.astype(np.float64)
+    _check_values(kind, rows)
+    return rows
+
+
+def _one_hot(targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    classes = shape[-1]
+    if targets.shape != shape[:-1] or targets.dtype.kind not in "iu":
+        raise InputError(
+            f"labels have shape {targets.shape} and dtype {targets.dtype}, expected integers of "
+            f"shape {shape[:-1]}; one-hot labels need categorical_crossentropy"
         )
     outside = (targets < 0) | (targets >= classes)
     if outside.any():
-        row = int(np.flatnonzero(outside)[0])
+        at = tuple(np.argwhere(outside)[0])
         raise RowError(
-            row,
-            f"label {int(targets[row])} is out of range: the model has {classes} classes, "
+            int(at[0]),
+            f"label {int(targets[at])} is out of range: the model has {classes} classes, "
             f"expected 0 to {classes - 1}",
         )
-    return targets.astype(np.int64)
+    return (targets[..., None] == np.arange(classes)).astype(np.float64)
 
 
-LOSSES: dict[str, LossFunction] = {
-    "sparse_categorical_crossentropy": softmax_cross_entropy,
-    "categorical_crossentropy": one_hot_cross_entropy,
-}
+def _check_values(kind: str, rows: np.ndarray) -> None:
+    if kind == "distribution":
+        good = (rows >= 0).all(axis=-1) & (np.abs(rows.sum(axis=-1) - 1) < 1e-3)
+        expected = "one-hot, nor probabilities that sum to 1"
+    elif kind == "binary":
+        good = ((rows >= -1) & (rows <= 1)).all(axis=-1)
+        expected = "0 or 1 for each output"
+    else:
+        good = np.isfinite(rows).all(axis=-1)
+        expected = "finite"
+    if not good.all():
+        at = tuple(np.argwhere(~good)[0])
+        raise RowError(int(at[0]), f"label {str(rows[at].tolist()):.80} is not {expected}")
 
 
-def check_loss(name: object) -> None:
-    """Raises InputError, naming what is known, if there is no loss of that name."""
-    if not isinstance(name, str) or name not in LOSSES:
-        raise InputError(f"loss {name!r} is unknown: expected one of {', '.join(sorted(LOSSES))}")
+def readable_targets(kind: str, rows: np.ndarray) -> np.ndarray:
+    """Returns what a result shows as label: class indices, or the values.
+
+    Args:
+        kind: `LossFormula.targets`.
+        rows: What `target_rows` returned, shape [n, ..., C].
+
+    Returns:
+        Shape [n] or, with several numbers for an example, [n, m]; int32 for class indices and
+        for binary labels that are whole numbers, else float32.
+    """
+    if kind in ("index", "distribution"):
+        return _one_each(rows.argmax(axis=-1).astype(np.int32))
+    whole = kind == "binary" and (rows == np.round(rows)).all()
+    return _one_each(rows.astype(np.int32 if whole else np.float32))
+
+
+def readable_predictions(kind: str, y: np.ndarray) -> np.ndarray:
+    """Returns what a result shows as prediction, as `readable_targets` does for labels.
+
+    Args:
+        kind: `LossFormula.targets`.
+        y: What the formula takes, shape [n, ..., C].
+    """
+    if kind in ("index", "distribution"):
+        return _one_each(y.argmax(axis=-1).astype(np.int32))
+    if kind == "binary":
+        return _one_each((y > 0).astype(np.int32))
+    return _one_each(y.astype(np.float32))
+
+
+def _one_each(values: np.ndarray) -> np.ndarray:
+    flat = values.reshape(len(values), -1)
+    return flat[:, 0] if flat.shape[1] == 1 else flat

@@ -22,8 +22,8 @@ class InfluenceRows:
     Attributes:
         query_rows: Row of the query, shape [m], int64.
         example_ids: Shape [m], unicode.
-        labels: Shape [m], int32.
-        predictions: Shape [m], int32.
+        labels: Shape [m, ...], as in `FactorBlock`.
+        predictions: Shape [m, ...].
         per_checkpoint: Each checkpoint's part of the influence, shape [m, K], float64.
     """
 
@@ -34,14 +34,14 @@ class InfluenceRows:
     per_checkpoint: np.ndarray
 
     @classmethod
-    def empty(cls, checkpoints: int) -> "InfluenceRows":
-        """Returns no rows, for K = `checkpoints`."""
+    def empty(cls, queries: FactorBlock) -> "InfluenceRows":
+        """Returns no rows, of labels and checkpoints like those of the queries."""
         return cls(
             query_rows=np.empty(0, dtype=np.int64),
             example_ids=np.empty(0, dtype="U1"),
-            labels=np.empty(0, dtype=np.int32),
-            predictions=np.empty(0, dtype=np.int32),
-            per_checkpoint=np.empty((0, checkpoints)),
+            labels=queries.labels[:0],
+            predictions=queries.predictions[:0],
+            per_checkpoint=np.empty((0, len(queries.gradients))),
         )
 
     def __len__(self) -> int:
@@ -78,10 +78,10 @@ class TopInfluences:
     opponents: InfluenceRows
 
     @classmethod
-    def empty(cls, query_ids: np.ndarray, k: int, checkpoints: int) -> "TopInfluences":
+    def empty(cls, queries: FactorBlock, k: int) -> "TopInfluences":
         """Returns the identity of `merge`."""
-        none = InfluenceRows.empty(checkpoints)
-        return cls(query_ids, k, none, none)
+        none = InfluenceRows.empty(queries)
+        return cls(queries.example_ids, k, none, none)
 
     def merge(self, other: "TopInfluences") -> "TopInfluences":
         """Returns the strongest of both.

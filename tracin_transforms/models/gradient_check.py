@@ -4,19 +4,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import GradientFactors
 from tracin_transforms.core.protocols import ExampleBatch
+from tracin_transforms.models.training_loss import TrainingLoss
 
 # Both sides are rounded to float32 and add up in another order; a wrong formula is off by far more.
 TOLERANCE = 1e-3
+# Where the model multiplies in bfloat16 or float16, automatic differentiation rounds to that.
+MIXED_PRECISION_TOLERANCE = 3e-2
 
 
 def check_gradients(
     model: keras.Model,
     layer: keras.layers.Dense,
-    series: CheckpointSeries,
+    loss: TrainingLoss,
     batch: ExampleBatch,
     factors: GradientFactors,
 ) -> None:
@@ -25,17 +27,17 @@ def check_gradients(
     Args:
         model: The checkpoint's model, from inputs to what the loss takes.
         layer: The dense layer of the factors.
-        series: The run, for its loss.
+        loss: The run's loss.
         batch: A few examples.
         factors: Gradient factors of these examples at the checkpoint.
 
     Raises:
-        InputError: They differ by more than `TOLERANCE` of the largest entry.
+        InputError: They differ by more than the tolerance, relative to the largest entry.
     """
     factored = factors.layers[0]
     # One backward pass for all examples: weights that differ keep errors from cancelling out.
     weights = 1 + np.arange(len(batch), dtype=np.float32)
-    expected = _differentiate(model, layer, keras_loss(series), batch, weights)
+    expected = _differentiate(model, layer, loss, batch, weights)
     weighted = weights[:, None] * factored.error_signals
     found = [factored.activations.T @ weighted]
     if factored.has_bias:
@@ -44,29 +46,21 @@ def check_gradients(
     difference = max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
     # What a probability's float32 rounding does to a gradient, whose true value may be near 0.
     rounding = 1e-6 * float((np.abs(factored.activations).T @ weights).max(initial=1.0))
-    if difference > TOLERANCE * largest + rounding:
+    exact = layer.compute_dtype in ("float32", "float64")
+    tolerance = TOLERANCE if exact else MIXED_PRECISION_TOLERANCE
+    if difference > tolerance * largest + rounding:
         raise InputError(
             f"checkpoint {factors.checkpoint_id!r}: the factored gradients of layer "
-            f"{factored.name!r} with loss {series.loss!r} differ from automatic differentiation "
+            f"{factored.name!r} with loss {loss.name!r} differ from automatic differentiation "
             f"by {difference:.3g}, where the largest entry is {largest:.3g}: check that "
             "'loss' and 'from_logits' in checkpoints.json are those the model was trained with"
         )
 
 
-def keras_loss(series: CheckpointSeries) -> keras.losses.Loss:
-    """Returns Keras's own loss of a run."""
-    return keras.losses.get(
-        {
-            "class_name": "".join(part.capitalize() for part in series.loss.split("_")),
-            "config": {"from_logits": series.from_logits, "reduction": "none"},
-        }
-    )
-
-
 def _differentiate(
     model: keras.Model,
     layer: keras.layers.Dense,
-    loss: keras.losses.Loss,
+    loss: TrainingLoss,
     batch: ExampleBatch,
     weights: np.ndarray,
 ) -> list[np.ndarray]:
@@ -74,8 +68,8 @@ def _differentiate(
     inputs = tf.cast(batch.inputs, model.inputs[0].dtype)
     with tf.GradientTape() as tape:
         tape.watch(variables)
-        # `call` rather than the object itself, which would cast the outputs: that hides from Keras
-        # that they come from a softmax, and it would compute the loss from clipped probabilities.
-        losses = loss.call(tf.convert_to_tensor(batch.targets), model(inputs, training=False))
+        losses = loss.keras_losses(
+            tf.convert_to_tensor(batch.targets), model(inputs, training=False)
+        )
         total = tf.reduce_sum(tf.cast(weights, losses.dtype) * losses)
     return [gradient.numpy() for gradient in tape.gradient(total, variables)]

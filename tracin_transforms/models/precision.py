@@ -2,7 +2,7 @@
 
 import keras
 
-from tracin_transforms.models.layers import all_layers
+from tracin_transforms.models.layers import all_layers, computes_in_float32
 
 
 def widen_head(model: keras.Model) -> None:
@@ -10,17 +10,20 @@ def widen_head(model: keras.Model) -> None:
 
     These, behind the flattening or pooling of a network, add up the longest sums and are a small
     part of its work. An error signal is as exact, relatively, as the logits are absolutely: in
-    float32 these layers alone would double its error.
+    float32 these layers alone would double its error. Layers of another precision than float32
+    keep it: their rounding is part of the model.
     """
     _widen([layer for layer in all_layers(model) if _is_head(layer)])
 
 
 def widen(model: keras.Model) -> None:
-    """Lets the whole model compute in float64."""
+    """Lets the whole model compute in float64, if it computes in float32 now."""
+    if not computes_in_float32(model):
+        return
     layers = all_layers(model)
     _widen(layers)
     for layer in layers:
-        if isinstance(layer, keras.layers.InputLayer) and layer.output is not model.inputs[0]:
+        if isinstance(layer, keras.layers.InputLayer) and layer not in model.layers:
             # A nested model casts its inputs to the dtype they were declared with; Keras has no
             # way to declare them anew.
             layer._dtype = layer.output._dtype = "float64"
@@ -44,6 +47,18 @@ def _widen(layers: list[keras.layers.Layer]) -> None:
 
 
 def _is_head(layer: keras.layers.Layer) -> bool:
-    return (
-        isinstance(layer, keras.layers.Dense) and len(layer.get_build_config()["input_shape"]) == 2
-    )
+    kinds = keras.layers.Dense | keras.layers.Activation | keras.layers.Softmax
+    if not isinstance(layer, kinds) or layer.compute_dtype != "float32":
+        return False
+    return _rank(layer) == 2
+
+
+def _rank(layer: keras.layers.Layer) -> int | None:
+    """Returns the number of axes of what the layer gives, or None where Keras does not say."""
+    if config := layer.get_build_config():
+        return len(config["input_shape"])
+    try:
+        # Layers without weights are not built; those of a functional model have one output.
+        return len(layer.output.shape)
+    except (AttributeError, ValueError):
+        return None

@@ -9,8 +9,8 @@ import keras
 
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.losses import check_loss
-from tracin_transforms.models.layers import check_end, find_last_dense
+from tracin_transforms.models.factor_function import FactorFunction
+from tracin_transforms.models.training_loss import TrainingLoss, loss_of_model
 from tracin_transforms.storage.checkpoint_series import FILE_NAME, write_checkpoint_series
 from tracin_transforms.storage.files import local_path, written_atomically
 
@@ -52,7 +52,7 @@ class CheckpointRecorder(keras.callbacks.Callback):
         self._every = every
         self._epochs = None if epochs is None else frozenset(epochs)
         self._checkpoints: list[Checkpoint] = []
-        self._recorded: tuple[keras.Model, str, bool] | None = None
+        self._recorded: tuple[keras.Model, TrainingLoss] | None = None
         self._batch_size: int | None = None
         # The learning rate, and after how many of the optimizer's steps it was noted.
         self._noted = (math.nan, 0)
@@ -68,21 +68,21 @@ class CheckpointRecorder(keras.callbacks.Callback):
             raise InputError(
                 f"{str(self._directory)!r} already holds a training run: choose another directory"
             )
-        recorded = (self.model, *_training_loss(self.model))
-        if self._recorded not in (None, recorded):
+        loss = loss_of_model(self.model)
+        loss.check()
+        if self._recorded not in (None, (self.model, loss)):
             raise InputError(
                 "this CheckpointRecorder has recorded another model, or the same with another "
                 "loss: use one recorder, with a directory of its own, for each training run"
             )
-        what = f"model {self.model.name!r}"
-        check_end(find_last_dense(self.model, what), *recorded[1:], what)
+        FactorFunction(self.model, loss, f"model {self.model.name!r}").check()
         if not self._checkpoints and not any(map(self._is_due, range(1, self._last_epoch() + 1))):
             raise InputError(
                 f"training ends after {self._last_epoch()} epochs, but the first checkpoint is due "
                 f"after {self._every if self._epochs is None else min(self._epochs)}: none would "
                 "be recorded"
             )
-        self._recorded = recorded
+        self._recorded = (self.model, loss)
         self._directory.mkdir(parents=True, exist_ok=True)
         # A model that was compiled again counts its steps from 0, and `fit` its epochs.
         self._steps_before = max(0, self._finished_steps - int(self.model.optimizer.iterations))
@@ -131,7 +131,7 @@ class CheckpointRecorder(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         self._noted = (float(optimizer.learning_rate), int(optimizer.iterations))
 
-    def _write_checkpoint(self, loss: float | None) -> None:
+    def _write_checkpoint(self, mean_loss: float | None) -> None:
         path = self._directory / f"epoch-{self._finished_epochs:03d}.keras"
         with written_atomically(path) as temporary:
             self.model.save(temporary, include_optimizer=False)
@@ -142,18 +142,19 @@ class CheckpointRecorder(keras.callbacks.Callback):
                 learning_rate=self._noted[0],
                 step=self._finished_steps,
                 epoch=self._finished_epochs,
-                loss=None if loss is None else float(loss),
+                loss=None if mean_loss is None else float(mean_loss),
             )
         )
-        name, from_logits = _training_loss(self.model)
+        loss = loss_of_model(self.model)
         write_checkpoint_series(
             self._directory,
             CheckpointSeries(
                 checkpoints=tuple(self._checkpoints),
-                loss=name,
-                from_logits=from_logits,
+                loss=loss.name,
+                from_logits=loss.from_logits,
                 batch_size=self._batch_size,
                 optimizer=type(self.model.optimizer).__name__.lower(),
+                loss_options=loss.options,
             ),
         )
 
@@ -161,22 +162,3 @@ class CheckpointRecorder(keras.callbacks.Callback):
         """Returns how many examples the epoch's loss was averaged over, which Keras counts."""
         trackers = [m for m in self.model.metrics if m.name == "loss" and hasattr(m, "count")]
         return int(trackers[0].count) if trackers else 0
-
-
-def _training_loss(model: keras.Model) -> tuple[str, bool]:
-    """Returns the Keras name of a compiled model's loss and whether it takes logits."""
-    loss = keras.losses.get(model.loss) if not isinstance(model.loss, list | dict) else None
-    if loss is None:
-        raise InputError(f"the model's loss is {model.loss!r}: expected one loss")
-    if not isinstance(loss, keras.losses.Loss):
-        name = getattr(loss, "__name__", repr(loss))
-        check_loss(name)
-        return name, False
-    name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(loss).__name__).lstrip("_")
-    check_loss(name)
-    config = loss.get_config()
-    if config.get("label_smoothing"):
-        raise InputError(f"label_smoothing is {config['label_smoothing']}: only 0 is supported")
-    if config.get("ignore_class") is not None:
-        raise InputError(f"ignore_class is {config['ignore_class']}: only None is supported")
-    return name, bool(config["from_logits"])

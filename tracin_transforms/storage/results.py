@@ -1,6 +1,5 @@
 """Results in Parquet: self-influence rankings, and proponents and opponents of queries."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,31 +13,6 @@ from tracin_transforms.core.ranking import InfluenceRows, TopInfluences, rank_by
 from tracin_transforms.storage.files import written_atomically
 
 _ROWS_PER_FILE = 1_000_000
-
-SCORE_SCHEMA = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("label", pa.int32()),
-        ("prediction", pa.int32()),
-        ("loss", pa.float32()),
-        ("self_influence", pa.float64()),
-        ("per_checkpoint", pa.list_(pa.float64())),
-    ]
-)
-INFLUENCE_SCHEMA = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("query_label", pa.int32()),
-        ("query_prediction", pa.int32()),
-        ("direction", pa.string()),
-        ("rank", pa.int32()),
-        ("example_id", pa.string()),
-        ("label", pa.int32()),
-        ("prediction", pa.int32()),
-        ("influence", pa.float64()),
-        ("per_checkpoint", pa.list_(pa.float64())),
-    ]
-)
 
 
 def write_scores(directory: Path, block: FactorBlock, per_checkpoint: np.ndarray) -> Path:
@@ -54,17 +28,17 @@ def write_scores(directory: Path, block: FactorBlock, per_checkpoint: np.ndarray
     Returns:
         The file.
     """
-    columns = [
-        pa.array(block.example_ids.tolist(), pa.string()),
-        pa.array(block.labels),
-        pa.array(block.predictions),
-        pa.array(block.losses[:, -1]),
-        pa.array(per_checkpoint.sum(axis=1)),
-        _list_column(per_checkpoint),
-    ]
+    columns = {
+        "example_id": pa.array(block.example_ids.tolist(), pa.string()),
+        "label": _column(block.labels),
+        "prediction": _column(block.predictions),
+        "loss": _column(block.losses[:, -1]),
+        "self_influence": _column(per_checkpoint.sum(axis=1)),
+        "per_checkpoint": _column(per_checkpoint),
+    }
     path = directory / f"scores-{block.shard}-{block.start:012d}.parquet"
     with written_atomically(path) as temporary:
-        pq.write_table(pa.table(columns, schema=SCORE_SCHEMA), temporary)
+        pq.write_table(pa.table(columns), temporary)
     return path
 
 
@@ -128,22 +102,26 @@ def read_result(directory: Path, name: str) -> pa.Table:
 def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) -> pa.Table:
     at = rows.query_rows
     ranks = np.arange(len(rows)) - np.searchsorted(at, at) + 1
-    columns: Sequence[pa.Array] = [
-        pa.array(queries.example_ids[at].tolist(), pa.string()),
-        pa.array(queries.labels[at]),
-        pa.array(queries.predictions[at]),
-        pa.array([direction] * len(rows), pa.string()),
-        pa.array(ranks.astype(np.int32)),
-        pa.array(rows.example_ids.tolist(), pa.string()),
-        pa.array(rows.labels),
-        pa.array(rows.predictions),
-        pa.array(rows.influence),
-        _list_column(rows.per_checkpoint),
-    ]
-    return pa.table(columns, schema=INFLUENCE_SCHEMA)
+    return pa.table(
+        {
+            "query_id": pa.array(queries.example_ids[at].tolist(), pa.string()),
+            "query_label": _column(queries.labels[at]),
+            "query_prediction": _column(queries.predictions[at]),
+            "direction": pa.array([direction] * len(rows), pa.string()),
+            "rank": _column(ranks.astype(np.int32)),
+            "example_id": pa.array(rows.example_ids.tolist(), pa.string()),
+            "label": _column(rows.labels),
+            "prediction": _column(rows.predictions),
+            "influence": _column(rows.influence),
+            "per_checkpoint": _column(rows.per_checkpoint),
+        }
+    )
 
 
-def _list_column(values: np.ndarray) -> pa.Array:
+def _column(values: np.ndarray) -> pa.Array:
+    """Returns numbers [n] as they are, and rows of numbers [n, m] as lists."""
+    if values.ndim == 1:
+        return pa.array(values)
     rows, width = values.shape
     offsets = np.arange(rows + 1, dtype=np.int32) * width
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))

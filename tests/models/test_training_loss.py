@@ -1,0 +1,219 @@
+"""Every loss, on every kind of end, against float64 automatic differentiation by Keras alone."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.core.test_losses import ALL, random_case
+from tests.models.conftest import batch_of
+from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.losses import LOSSES, target_rows
+from tracin_transforms.models.extractor import KerasFactorExtractor
+from tracin_transforms.models.factor_function import FactorFunction
+from tracin_transforms.models.loading import load_model
+from tracin_transforms.models.precision import widen
+from tracin_transforms.models.training_loss import (
+    TrainingLoss,
+    loss_of_model,
+    loss_of_series,
+)
+
+# The usual end of a model with the loss, and others that the loss takes too.
+ENDS = {"poisson": ["exponential", "softplus"], "kl_divergence": ["softmax", "sigmoid"]}
+OTHERS = ["mean_squared_logarithmic_error", "mean_absolute_percentage_error"]
+
+
+def _cases():
+    for name in [*ALL, *OTHERS]:
+        end = LOSSES[name].end if name in LOSSES else None
+        if end:
+            yield from [(name, "linear", True), (name, end, False), (name, f"{end} layer", False)]
+        else:
+            for activation in ENDS.get(name, ["linear", "tanh"]):
+                yield name, activation, None
+
+
+def _model(end, bias, dtype="float32"):
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    last, more = ("linear", [end.split()[0]]) if "layer" in end else (end, [])
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, "tanh", dtype=dtype),
+            layers.Dense(5, last, use_bias=bias, name="outputs", dtype=dtype),
+            *[layers.Activation(name, dtype=dtype) for name in more],
+        ]
+    )
+    for variable in model.weights:
+        variable.assign(variable + 0.3 * keras.random.normal(variable.shape, seed=2))
+    return model
+
+
+def _expected(model, function, batch, options):
+    """Each example's gradient of the last layer's kernel and bias, materialised."""
+    variables = [v.value for v in model.get_layer("outputs").trainable_variables]
+    rows = []
+    for row in range(len(batch)):
+        with tf.GradientTape() as tape:
+            outputs = model(batch.inputs[row : row + 1])
+            loss = function(tf.constant(batch.targets[row : row + 1]), outputs, **options)
+        rows.append([gradient.numpy() for gradient in tape.gradient(loss, variables)])
+    return rows
+
+
+def _save(model, path, name, from_logits=None, options=None):
+    model.save(path / "model.keras")
+    checkpoint = Checkpoint("a", str(path / "model.keras"), 0.1, 1)
+    return CheckpointSeries((checkpoint,), name, from_logits, loss_options=options or {})
+
+
+def _batch(name, n=12):
+    targets = random_case(name, n)[1] if name in LOSSES else random_case("huber", n)[1]
+    inputs = np.random.default_rng(3).standard_normal((n, 4)).astype(np.float32)
+    return batch_of(inputs, targets + 2 if name in OTHERS else targets)
+
+
+def _difference(series, batch, exact, options, float64):
+    """The largest difference of a gradient's entry, relative to the largest."""
+    block = KerasFactorExtractor(series, float64=float64).load().extract(batch)
+    layer = block.gradients[0].layers[0]
+    expected = _expected(exact, getattr(keras.losses, series.loss), batch, options)
+    largest = max(np.abs(parts[0]).max() for parts in expected)
+    differences = []
+    for row, parts in enumerate(expected):
+        signal = layer.error_signals[row]
+        found = [np.outer(layer.activations[row], signal), signal][: len(parts)]
+        differences += [np.abs(a - b).max() for a, b in zip(found, parts, strict=True)]
+    return max(differences) / largest
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("name", "end", "from_logits"), list(_cases()))
+def test_factors_equal_float64_automatic_differentiation(tmp_path, name, end, from_logits, bias):
+    series = _save(_model(end, bias), tmp_path, name, from_logits)
+    exact = load_model(series.checkpoints[0])
+    widen(exact)
+    options = {} if from_logits is None else {"from_logits": from_logits}
+    for float64, tolerance in ((False, 1e-5), (True, 2e-7)):
+        assert _difference(series, _batch(name), exact, options, float64) < tolerance
+
+
+# Losses without a kink, where rounding to bfloat16 can choose the other side.
+@pytest.mark.parametrize("name", ["sparse_categorical_crossentropy", "mean_squared_error"])
+def test_mixed_precision_is_the_models_own(tmp_path, name):
+    """Keras rounds logits, error signals and their products to bfloat16 (1/256), one by one."""
+    from_logits = True if LOSSES[name].end else None
+    series = _save(_model("linear", True, "mixed_bfloat16"), tmp_path, name, from_logits)
+    options = {} if from_logits is None else {"from_logits": from_logits}
+    model = load_model(series.checkpoints[0])
+    assert _difference(series, _batch(name), model, options, False) < 1e-2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_factors_of_mixed_precision_are_exact_from_the_loss_on(name):
+    """The error signals are those of Keras's loss, in float64, at the model's own outputs."""
+    options = {"from_logits": True} if LOSSES[name].end else {}
+    loss = TrainingLoss(name, options.get("from_logits"), {})
+    end = ENDS.get(name, ["linear"])[0]
+    batch = _batch(name)
+    targets = target_rows(LOSSES[name].targets, batch.targets, (len(batch), 5))
+    found = FactorFunction(_model(end, True, "mixed_bfloat16"), loss, "m")(batch.inputs, targets, 7)
+    outputs = tf.constant(found.loss_inputs)
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        losses = getattr(keras.losses, name)(tf.constant(batch.targets), outputs, **options)
+    expected = tape.gradient(losses, outputs).numpy()
+
+    assert found.loss_inputs.dtype == np.float64
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-6)
+    if end == "linear":
+        largest = np.abs(expected).max()
+        assert np.abs(found.layer.error_signals - expected).max() < 1e-6 * largest
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "from_logits", "options"),
+    [
+        ("mse", "mean_squared_error", None, {}),
+        (keras.losses.Huber(delta=0.3), "huber", None, {"delta": 0.3}),
+        (
+            keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
+            "categorical_crossentropy",
+            True,
+            {"label_smoothing": 0.1},
+        ),
+        (
+            keras.losses.BinaryFocalCrossentropy(gamma=1.5, apply_class_balancing=True),
+            "binary_focal_crossentropy",
+            False,
+            {"gamma": 1.5, "apply_class_balancing": True},
+        ),
+        (
+            keras.losses.SparseCategoricalCrossentropy(ignore_class=3),
+            "sparse_categorical_crossentropy",
+            False,
+            {"ignore_class": 3},
+        ),
+    ],
+)
+def test_options_are_recorded_and_used(tmp_path, loss, name, from_logits, options):
+    end = LOSSES[name].end if from_logits is False else "linear"
+    model = _model(end or "linear", True)
+    model.compile(loss=loss)
+    found = loss_of_model(model)
+    assert (found.name, found.from_logits, found.options) == (name, from_logits, options)
+
+    series = _save(model, tmp_path, found.name, found.from_logits, found.options)
+    exact = load_model(series.checkpoints[0])
+    widen(exact)
+    all_options = options | ({} if from_logits is None else {"from_logits": from_logits})
+    assert _difference(series, _batch(name), exact, all_options, False) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "from_logits", "options", "message"),
+    [
+        ("nonsense", None, {}, "loss 'nonsense' is unknown"),
+        ("huber", None, {"gamma": 1}, "loss 'huber' has no option 'gamma'"),
+        ("huber", True, {}, "loss 'huber' has no such option"),
+        ("dice", None, {}, "gives one number for a batch"),
+    ],
+)
+def test_losses_that_cannot_be_used(tmp_path, name, from_logits, options, message):
+    series = _save(_model("sigmoid", True), tmp_path, name, from_logits, options)
+    batch = _batch("binary_crossentropy")
+    with pytest.raises(InputError, match=message):
+        KerasFactorExtractor(series).load().extract(batch)
+
+
+class _Own(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return keras.ops.mean((y_true - y_pred) ** 4, axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"), [(_Own(), "expected one of Keras's"), (["mse"], "expected one loss")]
+)
+def test_models_whose_loss_cannot_be_recorded(loss, message):
+    model = _model("linear", True)
+    model.compile(loss=loss)
+    with pytest.raises(InputError, match=message):
+        loss_of_model(model)
+
+
+def test_formulas_are_the_same_in_a_compiled_call():
+    for name in ALL:
+        formula = LOSSES[name]
+        y, targets = random_case(name)
+        rows = target_rows(formula.targets, targets, y.shape)
+        compiled = tf.function(formula.formula.__get__(keras.ops))
+        for a, b in zip(formula.formula(np, y, rows), compiled(y, rows), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_the_series_names_the_function():
+    series = CheckpointSeries((Checkpoint("a", "a.keras", 0.1, 1),), "mse", None)
+    assert loss_of_series(series).name == "mean_squared_error"

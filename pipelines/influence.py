@@ -37,12 +37,12 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     inputs = open_inputs(options)
     query_source = parse_spec(options.queries)
     query_source.shards()
-    described = describe_run("influence", inputs, queries=query_source.fingerprint(), k=options.k)
+    described = describe_run(options, inputs, queries=query_source.fingerprint(), k=options.k)
     output = open_output(options, described)
     if done := output.already_done():
         return done
-    extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
-    exact = keras_extractor(inputs.series, options.batch_size, float64=True)
+    extractor = SharedExtractor(keras_extractor(inputs.series, options))
+    exact = keras_extractor(inputs.series, options, float64=True)
     queries = query_factors(query_source, exact.load())
     # Held from before the pipeline starts, see self_influence.
     with extractor.loaded(), staged_output(output) as staging:

@@ -62,8 +62,14 @@ def open_inputs(options: argparse.Namespace) -> Inputs:
     return Inputs(series, weights, source, source.shards())
 
 
-def describe_run(command: str, inputs: Inputs, **more: Any) -> dict[str, Any]:
-    """Returns what determines a result, for its manifest. Batch and shard sizes do not."""
+def describe_run(options: argparse.Namespace, inputs: Inputs, **more: Any) -> dict[str, Any]:
+    """Returns what determines a result, for its manifest. Batch and shard sizes do not.
+
+    Args:
+        options: The command's.
+        inputs: What `open_inputs` returned.
+        more: What else determines the result.
+    """
     series = inputs.series
     checkpoints = [
         {"id": checkpoint.id, "step": checkpoint.step, "weight": weight, "sha256": sha256(path)}
@@ -75,7 +81,8 @@ def describe_run(command: str, inputs: Inputs, **more: Any) -> dict[str, Any]:
         )
     ]
     return {
-        "command": command,
+        "command": options.command,
+        "layers": options.layers,
         "loss": series.loss,
         "from_logits": series.from_logits,
         "loss_options": dict(series.loss_options),
@@ -119,14 +126,14 @@ def open_output(options: argparse.Namespace, run: dict[str, Any]) -> Output:
 
 
 def keras_extractor(
-    series: CheckpointSeries, batch_size: int, float64: bool = False
+    series: CheckpointSeries, options: argparse.Namespace, float64: bool = False
 ) -> FactorExtractor:
-    """Returns the extractor of the run's last dense layer, see `KerasFactorExtractor`."""
+    """Returns the extractor that the options describe, see `KerasFactorExtractor`."""
     start_tensorflow()
     # TensorFlow takes seconds to import: bad inputs are reported before.
     from tracin_transforms.models.extractor import KerasFactorExtractor
 
-    return KerasFactorExtractor(series, batch_size, float64)
+    return KerasFactorExtractor(series, options.layers, options.batch_size, float64)
 
 
 def start_tensorflow() -> None:

@@ -61,6 +61,13 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--layers",
+        metavar="last|all-dense|NAME,...",
+        default="last",
+        help="dense layers whose gradients count: the last, all that are trained, or those named "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--batch-size",
         type=_positive_int,
         default=512,
@@ -150,6 +157,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_options(parser)
+    parser.set_defaults(command=name)
     options, rest = parser.parse_known_args(argv)
     if rest:
         _check_beam_arguments(parser, rest)

@@ -31,11 +31,11 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         InputError: An input or the output directory cannot be used.
     """
     inputs = open_inputs(options)
-    described = describe_run("self-influence", inputs)
+    described = describe_run(options, inputs)
     output = open_output(options, described)
     if done := output.already_done():
         return done
-    extractor = SharedExtractor(keras_extractor(inputs.series, options.batch_size))
+    extractor = SharedExtractor(keras_extractor(inputs.series, options))
     # Held from before the pipeline starts: a bad checkpoint is an error of this process, and
     # workers that are threads of it find the models loaded.
     with extractor.loaded(), staged_output(output) as staging:

@@ -21,8 +21,10 @@ def random_block(
     has_bias: bool = True,
     layers: int = 1,
     shard: str = "s",
+    positions: int = 1,
 ) -> FactorBlock:
     """Returns a block of random factors with ids ``z00000``, ``z00001``, ..."""
+    shape = (n,) if positions == 1 else (n, positions)
     return FactorBlock(
         shard=shard,
         start=0,
@@ -36,8 +38,8 @@ def random_block(
                 tuple(
                     LayerFactors(
                         f"dense-{i}",
-                        rng.standard_normal((n, WIDTH + i)).astype(np.float32),
-                        rng.standard_normal((n, CLASSES)).astype(np.float32),
+                        rng.standard_normal((*shape, WIDTH + i)).astype(np.float32),
+                        rng.standard_normal((*shape, CLASSES)).astype(np.float32),
                         has_bias,
                     )
                     for i in range(layers)
@@ -56,8 +58,12 @@ def materialised_gradients(block: FactorBlock) -> np.ndarray:
         for layer in gradient.layers:
             activations = layer.activations.astype(np.float64)
             if layer.has_bias:
-                activations = np.hstack([activations, np.ones((len(activations), 1))])
-            outer = activations[:, :, None] * layer.error_signals.astype(np.float64)[:, None, :]
+                ones = np.ones((*activations.shape[:-1], 1))
+                activations = np.concatenate([activations, ones], axis=-1)
+            signals = layer.error_signals.astype(np.float64)
+            outer = activations[..., :, None] * signals[..., None, :]
+            if outer.ndim == 4:
+                outer = outer.sum(axis=1)
             parts.append(outer.reshape(len(activations), -1))
         checkpoints.append(np.hstack(parts))
     return np.stack(checkpoints)

@@ -17,7 +17,7 @@ def _layer(n=3, m=3):
 
 
 def test_arrays_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="disagree on the number of examples: 3 vs 2"):
+    with pytest.raises(ValueError, match=r"examples and positions: \(3,\) vs \(2,\)"):
         _layer(3, 2)
     with pytest.raises(ValueError, match="float64, expected"):
         LayerFactors("dense", np.zeros((3, 2)), np.zeros((3, 4), np.float32), True)

@@ -43,10 +43,11 @@ def test_hand_computed_case(has_bias, expected):
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_equals_materialised_gradients(has_bias, layers):
+@pytest.mark.parametrize("positions", [1, 3])
+def test_equals_materialised_gradients(has_bias, layers, positions):
     rng = np.random.default_rng(0)
-    block = random_block(rng, 30, has_bias=has_bias, layers=layers)
-    queries = random_block(rng, 7, "q", has_bias=has_bias, layers=layers)
+    shape = {"has_bias": has_bias, "layers": layers, "positions": positions}
+    block, queries = random_block(rng, 30, **shape), random_block(rng, 7, "q", **shape)
     gradients, query_gradients = materialised_gradients(block), materialised_gradients(queries)
     parts = WEIGHTS[:, None, None] * np.einsum("knp,kqp->knq", gradients, query_gradients)
     expected = parts.sum(axis=0)
@@ -77,15 +78,6 @@ def test_linear_in_the_weights_and_symmetric():
 
     np.testing.assert_allclose(scores, scores.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(influence(block, block, 2 * WEIGHTS), 2 * scores, rtol=1e-6)
-
-
-def test_pairs_are_gathered_piece_by_piece(monkeypatch):
-    rng = np.random.default_rng(6)
-    block, queries = random_block(rng, 20), random_block(rng, 5, "q")
-    rows, columns = (index.ravel() for index in np.indices((20, 5)))
-    whole = pair_influence(block, queries, WEIGHTS, rows, columns)
-    monkeypatch.setattr("tracin_transforms.core.influence._PAIRS", 7)
-    np.testing.assert_array_equal(pair_influence(block, queries, WEIGHTS, rows, columns), whole)
 
 
 def test_products_beyond_float32_are_named():

@@ -1,8 +1,11 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from tracin_transforms.models.precision import widen, widen_head
+from tests.models.conftest import batch_of, save_series
+from tracin_transforms.models.extractor import KerasFactorExtractor
+from tracin_transforms.models.precision import can_be_widened, widen, widen_head
 
 
 def _many_layers():
@@ -49,6 +52,7 @@ def model_and_inputs():
 
 def test_a_widened_model_equals_one_built_in_float64(model_and_inputs):
     model, inputs = model_and_inputs
+    assert can_be_widened(keras.models.clone_model(model))
     exact = _many_layers_in_float64()
     exact.set_weights(model.get_weights())
     expected = exact(inputs.astype(np.float64)).numpy()
@@ -70,3 +74,31 @@ def test_the_head_is_what_is_applied_once_per_example(model_and_inputs):
     wide = {layer.name for layer in model._flatten_layers() if layer.compute_dtype == "float64"}
     assert wide == {"hidden", "logits"}
     np.testing.assert_allclose(model(inputs).numpy(), before, atol=1e-5)
+
+
+@keras.saving.register_keras_serializable("tests")
+class _WithFloat32InItsCode(keras.layers.Layer):
+    def call(self, inputs):
+        return tf.add(inputs, tf.ones(1, tf.float32))
+
+
+def test_a_model_that_cannot_be_widened_says_so():
+    source = keras.Input((3,))
+    model = keras.Model(source, keras.layers.Dense(2)(_WithFloat32InItsCode()(source)))
+    assert not can_be_widened(model)
+    mixed = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="mixed_bfloat16")])
+    assert not can_be_widened(mixed)
+    assert mixed(np.ones((1, 3))).dtype == "bfloat16"
+
+
+def test_queries_of_a_model_that_cannot_be_widened(tmp_path):
+    """They are computed as training examples are."""
+    source = keras.Input((3,))
+    model = keras.Model(source, keras.layers.Dense(5)(_WithFloat32InItsCode()(source)))
+    series = save_series(tmp_path, [model])
+    batch = batch_of(np.ones((4, 3), np.float32), np.arange(4))
+    single, double = (
+        KerasFactorExtractor(series, float64=float64).load().extract(batch).losses
+        for float64 in (False, True)
+    )
+    np.testing.assert_array_equal(single, double)

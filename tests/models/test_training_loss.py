@@ -131,7 +131,7 @@ def test_factors_of_mixed_precision_are_exact_from_the_loss_on(name):
     np.testing.assert_allclose(found.losses, losses, rtol=1e-6)
     if end == "linear":
         largest = np.abs(expected).max()
-        assert np.abs(found.layer.error_signals - expected).max() < 1e-6 * largest
+        assert np.abs(found.layers[0].error_signals - expected).max() < 1e-6 * largest
 
 
 @pytest.mark.parametrize(

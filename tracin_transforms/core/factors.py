@@ -1,7 +1,9 @@
 """Gradient factors: the gradient of each example, kept as two short vectors.
 
 For a dense layer with pre-activations y = W h + b the gradient of one example is the outer
-product ∂ℓ/∂W = e hᵀ and ∂ℓ/∂b = e, with the error signal e = ∂ℓ/∂y and the activation h.
+product ∂ℓ/∂W = e hᵀ and ∂ℓ/∂b = e, with the error signal e = ∂ℓ/∂y and the activation h. A layer
+that is applied at several positions, or called several times, has a pair for each, and its
+gradient is their sum.
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,8 @@ class LayerFactors:
 
     Attributes:
         name: The layer's name.
-        activations: h, shape [n, d], float32.
-        error_signals: e, shape [n, C], float32.
+        activations: h, shape [n, d] or, at P positions, [n, P, d], float32.
+        error_signals: e, shape [n, C] or [n, P, C], float32.
         has_bias: Whether the layer has a bias, which adds 1 to every product of activations.
     """
 
@@ -31,16 +33,29 @@ class LayerFactors:
     def __post_init__(self) -> None:
         for field in ("activations", "error_signals"):
             array = getattr(self, field)
-            if array.ndim != 2 or array.dtype != np.float32:
+            if array.ndim not in (2, 3) or array.dtype != np.float32:
                 raise ValueError(
                     f"{field} of layer {self.name!r}: shape {array.shape} and dtype {array.dtype}, "
-                    "expected [examples, width] in float32"
+                    "expected [examples, width] or [examples, positions, width] in float32"
                 )
-        if len(self.activations) != len(self.error_signals):
+        if self.activations.shape[:-1] != self.error_signals.shape[:-1]:
             raise ValueError(
-                f"layer {self.name!r}: activations and error_signals disagree on the number of "
-                f"examples: {len(self.activations)} vs {len(self.error_signals)}"
+                f"layer {self.name!r}: activations and error_signals disagree on the examples and "
+                f"positions: {self.activations.shape[:-1]} vs {self.error_signals.shape[:-1]}"
             )
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    @property
+    def positions(self) -> int:
+        """P, the number of positions; 1 if the layer is applied once."""
+        return self.activations.shape[1] if self.activations.ndim == 3 else 1
+
+    @property
+    def numbers_per_example(self) -> int:
+        """How many numbers the factors of one example are."""
+        return self.positions * (self.activations.shape[-1] + self.error_signals.shape[-1])
 
     def rows(self, selection: slice | np.ndarray) -> "LayerFactors":
         """Returns the factors of the selected examples."""
@@ -153,9 +168,10 @@ def check_finite(block: FactorBlock) -> FactorBlock:
     for k, gradient in enumerate(block.gradients):
         finite = np.isfinite(block.losses[:, k])
         for layer in gradient.layers:
-            # A row's sum is finite only if its entries are; float64 leaves room for the sum.
-            finite &= np.isfinite(layer.activations.sum(axis=1, dtype=np.float64))
-            finite &= np.isfinite(layer.error_signals.sum(axis=1, dtype=np.float64))
+            for array in (layer.activations, layer.error_signals):
+                # A sum is finite only if its terms are; float64 leaves room for it.
+                axes = tuple(range(1, array.ndim))
+                finite &= np.isfinite(array.sum(axis=axes, dtype=np.float64))
         if not finite.all():
             example = str(block.example_ids[np.flatnonzero(~finite)[0]])
             raise InputError(

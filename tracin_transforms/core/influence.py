@@ -10,17 +10,20 @@ import numpy as np
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, LayerFactors
-
-# Pairs whose factors are gathered together: 100 MB at a width of 1,000.
-_PAIRS = 4096
+from tracin_transforms.core.products import (
+    absolute_norms,
+    all_products,
+    pair_products,
+    squared_norms,
+)
 
 
 def influence(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> np.ndarray:
     r"""Returns the influence of each training example on each query example.
 
-    ``TracInCP(z, z') = Σ_k η_k ∇ℓ(w_k, z)·∇ℓ(w_k, z')`` with, for a dense layer,
-    ``∇ℓ(z)·∇ℓ(z') = (e·e')(h·h' + 1)``; the 1 belongs to the bias. The product is taken for each
-    checkpoint before the sum: multiplying sums over checkpoints is a different, wrong number.
+    ``TracInCP(z, z') = Σ_k η_k ∇ℓ(w_k, z)·∇ℓ(w_k, z')``, see `products`. The product is
+    taken for each checkpoint before the sum: multiplying sums over checkpoints is a different,
+    wrong number.
 
     Args:
         block: n training examples at K checkpoints.
@@ -42,12 +45,9 @@ def influence(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> 
     # What is beyond float32 is found, and its example named, at the end.
     with np.errstate(over="ignore", invalid="ignore"):
         for k, layer, query_layer in _layer_pairs(block, queries):
-            scores = layer.error_signals @ (np.float32(weights[k]) * query_layer.error_signals).T
-            products = layer.activations @ query_layer.activations.T
-            if layer.has_bias:
-                products += 1
-            scores *= products
-            total += scores
+            products = all_products(layer, query_layer)
+            products *= np.float32(weights[k])
+            total += products
     finite = np.isfinite(total).all(axis=1)
     if not finite.all():
         example = str(block.example_ids[np.flatnonzero(~finite)[0]])
@@ -81,14 +81,8 @@ def pair_influence(
     """
     _check_same_series(block, queries, weights)
     parts = np.zeros((len(rows), len(weights)))
-    # A piece at a time: the factors of all pairs together would be many times the block.
-    for start in range(0, len(rows), _PAIRS):
-        piece = slice(start, start + _PAIRS)
-        i, j = rows[piece], columns[piece]
-        for k, layer, query_layer in _layer_pairs(block, queries):
-            scores = _row_products(layer.error_signals[i], query_layer.error_signals[j])
-            products = _row_products(layer.activations[i], query_layer.activations[j])
-            parts[piece, k] += weights[k] * scores * (products + layer.has_bias)
+    for k, layer, query_layer in _layer_pairs(block, queries):
+        parts[:, k] += weights[k] * pair_products(layer, query_layer, rows, columns)
     return parts
 
 
@@ -114,10 +108,7 @@ def squared_gradient_norms(block: FactorBlock) -> np.ndarray:
     """Returns ‖∇ℓ(w_k, z)‖² over the block's layers, shape [n, K], float64."""
     norms = np.zeros((len(block), len(block.gradients)))
     for k, layer, _ in _layer_pairs(block, block):
-        error_norms = _row_products(layer.error_signals, layer.error_signals)
-        norms[:, k] += error_norms * (
-            _row_products(layer.activations, layer.activations) + layer.has_bias
-        )
+        norms[:, k] += squared_norms(layer)
     return norms
 
 
@@ -140,17 +131,17 @@ def rounding_bound(block: FactorBlock, queries: FactorBlock, weights: np.ndarray
     Reference:
         Higham & Mary (2019), A New Approach to Probabilistic Rounding Error Analysis.
     """
-    width = sum(
-        layer.activations.shape[1] + layer.error_signals.shape[1]
-        for layer in block.gradients[0].layers
-    )
-    largest = np.sqrt(squared_gradient_norms(block).max(axis=0, initial=0.0))
-    query_norms = np.sqrt(squared_gradient_norms(queries))
-    return 8 * np.sqrt(width) * 2.0**-24 * (query_norms @ (weights * largest))
+    numbers = sum(layer.numbers_per_example for layer in block.gradients[0].layers)
+    largest = _absolute_norms(block).max(axis=0, initial=0.0)
+    return 8 * np.sqrt(numbers) * 2.0**-24 * (_absolute_norms(queries) @ (weights * largest))
 
 
-def _row_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->i", left.astype(np.float64), right.astype(np.float64))
+def _absolute_norms(block: FactorBlock) -> np.ndarray:
+    """Returns what bounds the terms of a product of gradients, shape [n, K], float64."""
+    squares = np.zeros((len(block), len(block.gradients)))
+    for k, layer, _ in _layer_pairs(block, block):
+        squares[:, k] += absolute_norms(layer) ** 2
+    return np.sqrt(squares)
 
 
 def _layer_pairs(

@@ -1,4 +1,4 @@
-"""Gradient factors of a Keras model's last dense layer, at every checkpoint of a run."""
+"""Gradient factors of a Keras model's dense layers, at every checkpoint of a run."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from tracin_transforms.core.losses import (
 from tracin_transforms.core.protocols import ExampleBatch
 from tracin_transforms.models.factor_function import FactorFunction
 from tracin_transforms.models.gradient_check import check_gradients
+from tracin_transforms.models.layers import LAST
 from tracin_transforms.models.loading import load_model
-from tracin_transforms.models.precision import widen, widen_head
+from tracin_transforms.models.precision import can_be_widened, widen, widen_head
 from tracin_transforms.models.training_loss import TrainingLoss, loss_of_series
 
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
@@ -28,18 +29,21 @@ _CHECKED_EXAMPLES = 4
 
 @dataclass(frozen=True)
 class KerasFactorExtractor:
-    """Describes the extraction of last-layer gradient factors.
+    """Describes the extraction of gradient factors.
 
     Attributes:
         series: The run's checkpoints, ``.keras`` files.
+        layers: Which layers: ``last``, ``all-dense``, or names separated by commas, see
+            `layers.candidate_layers`.
         batch_size: Examples per call of the compiled model.
-        float64: Compute the whole models in float64 instead of the head alone, see `precision`.
+        float64: Compute the whole models in float64, where they can, instead of the head alone.
             For queries: they are few, and a well fitted query's gradient is no more exact than
             its logits are, absolutely, so that in float32 it alone would limit what influences
             are good for.
     """
 
     series: CheckpointSeries
+    layers: str = LAST
     batch_size: int = 512
     float64: bool = False
 
@@ -65,7 +69,9 @@ class LoadedKerasExtractor:
     def __init__(self, description: KerasFactorExtractor) -> None:
         self._description = description
         self._loss = loss_of_series(description.series)
-        self._functions = [self._load(c) for c in description.series.checkpoints]
+        checkpoints = description.series.checkpoints
+        self._float64 = description.float64 and can_be_widened(load_model(checkpoints[0]))
+        self._functions = [self._load(checkpoint) for checkpoint in checkpoints]
         # The others are checked with the first batch: compiling each twice would take seconds.
         self._functions[0].check()
         self._checked = False
@@ -96,7 +102,7 @@ class LoadedKerasExtractor:
                 predictions=readable_predictions(targets.kind, found[-1].loss_inputs),
                 losses=np.stack([f.losses for f in found], axis=1).astype(np.float32),
                 gradients=tuple(
-                    GradientFactors(name, (f.layer,)) for name, f in zip(ids, found, strict=True)
+                    GradientFactors(name, f.layers) for name, f in zip(ids, found, strict=True)
                 ),
             )
         )
@@ -107,10 +113,9 @@ class LoadedKerasExtractor:
 
     def _load(self, checkpoint: Checkpoint) -> FactorFunction:
         model = load_model(checkpoint)
-        (widen if self._description.float64 else widen_head)(model)
-        return FactorFunction(
-            model, self._loss, f"checkpoint {checkpoint.id!r}: model {model.name!r}"
-        )
+        (widen if self._float64 else widen_head)(model)
+        what = f"checkpoint {checkpoint.id!r}: model {model.name!r}"
+        return FactorFunction(model, self._loss, what, self._description.layers)
 
     def _check_gradients(self, batch: ExampleBatch, block: FactorBlock) -> None:
         # A well fitted example has hardly a gradient and would pass with any formula.
@@ -123,7 +128,7 @@ class LoadedKerasExtractor:
             targets=batch.targets[worst],
         )
         for run, gradient in zip(self._functions, block.rows(worst).gradients, strict=True):
-            check_gradients(run.model, run.layer, self._loss, few, gradient)
+            check_gradients(run, self._loss, few, gradient)
 
 
 class _Targets:

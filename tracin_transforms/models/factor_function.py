@@ -11,11 +11,12 @@ import tensorflow as tf
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import LayerFactors
 from tracin_transforms.models.error_signals import error_signals
-from tracin_transforms.models.layers import dense_layers
+from tracin_transforms.models.layer_factors import ChosenLayer, layer_factors
+from tracin_transforms.models.layers import ALL_DENSE, LAST, candidate_layers
 from tracin_transforms.models.taps import Tap, tapped
 from tracin_transforms.models.training_loss import TrainingLoss
 
-_Tensors = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
+_Tensors = tuple[tf.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +25,12 @@ class ExampleFactors:
 
     Attributes:
         losses: Shape [n], float64.
-        layer: The factors of the last dense layer.
+        layers: The factors of each chosen layer.
         loss_inputs: The logits or outputs that the loss takes, shape [n, ..., C], float64.
     """
 
     losses: np.ndarray
-    layer: LayerFactors
+    layers: tuple[LayerFactors, ...]
     loss_inputs: np.ndarray
 
 
@@ -40,31 +41,31 @@ class FactorFunction:
         model: With one input and one output.
         loss: What it was trained with.
         what: What to call the model in messages.
+        layers: Which layers, see `candidate_layers`.
 
     Raises:
-        InputError: The model has no dense layer, or several inputs or outputs.
+        InputError: The model has no such layer, or several inputs or outputs.
     """
 
-    def __init__(self, model: keras.Model, loss: TrainingLoss, what: str) -> None:
+    def __init__(
+        self, model: keras.Model, loss: TrainingLoss, what: str, layers: str = LAST
+    ) -> None:
         self.model = model
         self._loss = loss
         self._what = what
         self._compiled: dict[Any, Callable[[tf.Tensor, tf.Tensor], _Tensors]] = {}
-        self._layer: keras.layers.Dense | None = None
-        self._dense_layers = dense_layers(model)
-        if not self._dense_layers:
-            raise InputError(f"{what} has no Dense layer: expected at least one")
+        # Those whose factors are taken; known when the function has been compiled.
+        self.layers: list[ChosenLayer] = []
+        self._choice = layers
+        try:
+            self._candidates = candidate_layers(model, layers)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
         for ends in ("inputs", "outputs"):
             # A subclassed model has neither.
             found = getattr(model, ends, None) or []
             if len(found) > 1:
                 raise InputError(f"{what} has {len(found)} {ends}: expected one")
-
-    @property
-    def layer(self) -> keras.layers.Dense:
-        """The layer whose factors are taken; known when the function has been called."""
-        assert self._layer is not None
-        return self._layer
 
     def __call__(self, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> ExampleFactors:
         """Returns the losses and gradient factors of examples, `batch_size` at a time.
@@ -82,11 +83,21 @@ class FactorFunction:
         for start in range(0, len(inputs), batch_size):
             rows = slice(start, start + batch_size)
             parts.append(function(tf.constant(inputs[rows]), tf.constant(targets[rows])))
-        losses, signals, activations, loss_inputs = (
-            np.concatenate([part[i].numpy() for part in parts]) for i in range(4)
+        losses, loss_inputs, *factors = (
+            np.concatenate([tensor.numpy() for tensor in tensors])
+            for tensors in zip(*parts, strict=True)
         )
-        layer = LayerFactors(self.layer.name, activations, signals, self.layer.use_bias)
-        return ExampleFactors(losses, layer, loss_inputs)
+        layers = tuple(
+            LayerFactors(chosen.layer.name, activations, signals, chosen.has_bias)
+            for chosen, activations, signals in zip(
+                self.layers, factors[::2], factors[1::2], strict=True
+            )
+        )
+        return ExampleFactors(losses, layers, loss_inputs)
+
+    def as_inputs(self, examples: tf.Tensor) -> tf.Tensor:
+        """Returns examples in the dtype that the model takes."""
+        return tf.cast(examples, self._input_dtype(np.dtype(examples.dtype.as_numpy_dtype)))
 
     def check(self) -> None:
         """Compiles the function without examples, as far as the model says what it takes.
@@ -159,32 +170,29 @@ class FactorFunction:
         return self._compiled[key]
 
     def _run(self, inputs: tf.Tensor, targets: tf.Tensor) -> _Tensors:
-        inputs = tf.cast(inputs, self._input_dtype(np.dtype(inputs.dtype.as_numpy_dtype)))
+        inputs = self.as_inputs(inputs)
         with (
             tf.GradientTape(watch_accessed_variables=False) as tape,
-            tapped(self._dense_layers, tape) as taps,
+            tapped(self._candidates, tape) as taps,
         ):
             outputs = self.model(inputs, training=False)
         try:
-            tap = _last(taps)
-            losses, signals, loss_inputs = error_signals(self._loss, tap, outputs, targets, tape)
+            taps = self._chosen(taps)
+            losses, signals, loss_inputs = error_signals(self._loss, taps, outputs, targets, tape)
+            self.layers, factors = layer_factors(taps, signals)
+            if not factors or (self._choice != ALL_DENSE and None in signals):
+                names = ", ".join(sorted({repr(tap.layer.name) for tap in taps}))
+                raise InputError(
+                    f"the output does not depend on the Dense layer(s) {names}: expected layers "
+                    "that lead to it"
+                )
         except InputError as error:
             raise InputError(f"{self._what}: {error}") from error
-        self._layer = tap.layer
-        factors = tf.cast(signals, tf.float32), tf.cast(tap.activations, tf.float32)
-        return losses, *factors, loss_inputs
+        return losses, loss_inputs, *factors
 
-
-def _last(taps: list[Tap]) -> Tap:
-    tap = taps[-1]
-    calls = sum(other.layer is tap.layer for other in taps)
-    if calls > 1:
-        raise InputError(
-            f"the last Dense layer {tap.layer.name!r} is called {calls} times: expected once"
-        )
-    if len(tap.activations.shape) != 2:
-        raise InputError(
-            f"the last Dense layer {tap.layer.name!r} takes an input of shape "
-            f"{tuple(tap.activations.shape)}: expected [examples, width]"
-        )
-    return tap
+    def _chosen(self, taps: list[Tap]) -> list[Tap]:
+        if not taps:
+            raise InputError("none of the chosen layers is called")
+        if self._choice != LAST:
+            return taps
+        return [tap for tap in taps if tap.layer is taps[-1].layer]

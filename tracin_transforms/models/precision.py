@@ -1,8 +1,9 @@
 """Which layers of a loaded model compute in float64; weights stay as they were saved."""
 
 import keras
+import tensorflow as tf
 
-from tracin_transforms.models.layers import all_layers, computes_in_float32
+from tracin_transforms.models.layers import all_layers, computes_in_float32, input_shape
 
 
 def widen_head(model: keras.Model) -> None:
@@ -11,15 +12,14 @@ def widen_head(model: keras.Model) -> None:
     These, behind the flattening or pooling of a network, add up the longest sums and are a small
     part of its work. An error signal is as exact, relatively, as the logits are absolutely: in
     float32 these layers alone would double its error. Layers of another precision than float32
-    keep it: their rounding is part of the model.
+    keep it: their rounding is part of the model. So do layers that a user's own code calls, which
+    may not expect another dtype than its own.
     """
-    _widen([layer for layer in all_layers(model) if _is_head(layer)])
+    _widen([layer for layer in _graph_layers(model) if _is_head(layer)])
 
 
 def widen(model: keras.Model) -> None:
-    """Lets the whole model compute in float64, if it computes in float32 now."""
-    if not computes_in_float32(model):
-        return
+    """Lets the whole model compute in float64; see `can_be_widened`."""
     layers = all_layers(model)
     _widen(layers)
     for layer in layers:
@@ -27,6 +27,25 @@ def widen(model: keras.Model) -> None:
             # A nested model casts its inputs to the dtype they were declared with; Keras has no
             # way to declare them anew.
             layer._dtype = layer.output._dtype = "float64"
+
+
+def can_be_widened(model: keras.Model) -> bool:
+    """Returns whether a model computes in float32 now and could in float64.
+
+    It could not if float32 is written into a layer's code. The model is of no use afterwards.
+    """
+    shape = input_shape(model)
+    if shape is None or not computes_in_float32(model):
+        return False
+    dtype = model.inputs[0].dtype if getattr(model, "inputs", None) else "float32"
+    widen(model)
+    function = tf.function(lambda inputs: model(inputs, training=False), autograph=False)
+    try:
+        function.get_concrete_function(tf.TensorSpec(shape, dtype))
+    # Whatever a layer's code raises for a dtype that it does not expect.
+    except Exception:
+        return False
+    return True
 
 
 class _Float64Compute(keras.DTypePolicy):
@@ -44,6 +63,16 @@ class _Float64Compute(keras.DTypePolicy):
 def _widen(layers: list[keras.layers.Layer]) -> None:
     for layer in layers:
         layer.dtype_policy = _Float64Compute()
+
+
+def _graph_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns the layers that Keras itself calls, in nested models too."""
+    if not getattr(model, "inputs", None):
+        return []
+    found = []
+    for layer in model.layers:
+        found += _graph_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
 
 
 def _is_head(layer: keras.layers.Layer) -> bool:

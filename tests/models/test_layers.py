@@ -1,0 +1,217 @@
+"""Models of every shape, all dense layers, against float64 automatic differentiation."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.models.conftest import SPARSE, batch_of, save_series
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.products import materialised
+from tracin_transforms.models.extractor import KerasFactorExtractor
+from tracin_transforms.models.layers import all_layers, candidate_layers
+from tracin_transforms.models.loading import load_model
+from tracin_transforms.models.precision import widen
+
+layers = keras.layers
+CLASSES = 3
+
+
+def _plain(bias=True):
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(7, "relu", use_bias=bias),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5),
+            layers.Dense(6, "tanh", use_bias=bias),
+            layers.Dense(CLASSES, use_bias=bias),
+        ]
+    )
+
+
+def _nested(bias=True):
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(7, "relu", use_bias=bias)])
+    deeper = keras.Sequential([keras.Input((8,)), inner, layers.Dense(6, use_bias=bias)])
+    source = keras.Input((8,))
+    return keras.Model(source, layers.Dense(CLASSES, use_bias=bias)(deeper(source)))
+
+
+def _shared(bias=True):
+    """One layer that is called twice, once after itself."""
+    shared, source = layers.Dense(8, "tanh", use_bias=bias), keras.Input((8,))
+    return keras.Model(source, layers.Dense(CLASSES, use_bias=bias)(shared(shared(source))))
+
+
+def _shared_at_the_end(bias=True):
+    shared, source = layers.Dense(CLASSES, use_bias=bias), keras.Input((8,))
+    halves = layers.Reshape((2, 4))(source)
+    return keras.Model(source, shared(halves[:, 0]) + shared(halves[:, 1]))
+
+
+def _many_positions(bias=True):
+    """Narrow layers at four positions each: the gradient itself is smaller."""
+    source = keras.Input((8,))
+    x = layers.Dense(2, "relu", use_bias=bias)(layers.Reshape((4, 2))(source))
+    return keras.Model(source, layers.Dense(CLASSES, use_bias=bias)(layers.Flatten()(x)))
+
+
+def _few_positions(bias=True):
+    """Wide layers at two positions each: the factors are smaller."""
+    source = keras.Input((8,))
+    x = layers.Dense(9, "relu", use_bias=bias)(layers.Reshape((2, 4))(source))
+    x = layers.GlobalAveragePooling1D()(layers.Dense(8, "relu", use_bias=bias)(x))
+    return keras.Model(source, layers.Dense(CLASSES, use_bias=bias)(x))
+
+
+def _transformer_block(bias=True):
+    source = keras.Input((8,))
+    x = layers.Reshape((2, 4))(source)
+    x = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, 3)(x, x))
+    x += layers.Dense(4, use_bias=bias)(layers.Dense(5, "gelu", use_bias=bias)(x))
+    return keras.Model(source, layers.Dense(CLASSES, use_bias=bias)(layers.Flatten()(x)))
+
+
+def _convolutional(bias=True):
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Reshape((8, 1)),
+            layers.Conv1D(4, 3, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(5, "relu", use_bias=bias),
+            layers.Dense(CLASSES, use_bias=bias),
+        ]
+    )
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    def __init__(self, bias=True, **kwargs):
+        super().__init__(**kwargs)
+        # Keras would name them anew each time that the model is loaded.
+        self.hidden = [layers.Dense(8, "relu", use_bias=bias, name=name) for name in "ab"]
+        self.head = layers.Dense(CLASSES, use_bias=bias, name="head")
+        self.bias = bias
+
+    def call(self, inputs):
+        for layer in self.hidden:
+            inputs = inputs + layer(inputs)
+        return self.head(inputs)
+
+    def get_config(self):
+        return {**super().get_config(), "bias": self.bias}
+
+
+def _subclassed(bias=True):
+    model = Subclassed(bias)
+    model(np.zeros((1, 8), np.float32))
+    return model
+
+
+MODELS = [
+    _plain,
+    _nested,
+    _shared,
+    _shared_at_the_end,
+    _many_positions,
+    _few_positions,
+    _transformer_block,
+    _convolutional,
+    _subclassed,
+]
+
+
+def _batch(n=10):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((n, 8)).astype(np.float32)
+    return batch_of(inputs, rng.integers(0, CLASSES, n))
+
+
+def _expected(model, name, batch):
+    """Each example's gradient of a layer's kernel, transposed, and bias, in one row."""
+    layer = next(layer for layer in all_layers(model) if layer.name == name)
+    variables = [layer.kernel.value, *([layer.bias.value] if layer.use_bias else [])]
+    rows = []
+    for row in range(len(batch)):
+        with tf.GradientTape() as tape:
+            outputs = model(batch.inputs[row : row + 1])
+            losses = keras.losses.sparse_categorical_crossentropy(
+                batch.targets[row : row + 1], outputs, from_logits=True
+            )
+            loss = tf.reduce_mean(losses)
+        gradients = tape.gradient(loss, variables)
+        rows.append(np.concatenate([gradient.numpy().T.ravel() for gradient in gradients]))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("choice", ["last", "all-dense"])
+@pytest.mark.parametrize("make", MODELS)
+def test_factors_equal_float64_automatic_differentiation(tmp_path, make, choice, bias):
+    series, batch = save_series(tmp_path, [make(bias), make(bias)]), _batch()
+    block = KerasFactorExtractor(series, choice, batch_size=4).load().extract(batch)
+    for checkpoint, gradient in zip(series.checkpoints, block.gradients, strict=True):
+        exact = load_model(checkpoint)
+        widen(exact)
+        dense = [layer for layer in all_layers(exact) if type(layer) is layers.Dense]
+        assert len(gradient.layers) == (1 if choice == "last" else len(dense))
+        for layer in gradient.layers:
+            expected = _expected(exact, layer.name, batch)
+            assert np.abs(materialised(layer) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_smaller_form_is_kept(tmp_path):
+    def widths(make):
+        (tmp_path / make.__name__).mkdir()
+        series = save_series(tmp_path / make.__name__, [make()])
+        block = KerasFactorExtractor(series, "all-dense").load().extract(_batch())
+        return [layer.activations.shape[1:] for layer in block.gradients[0].layers]
+
+    assert widths(_many_positions) == [(2 * 2 + 2,), (8,)]
+    assert widths(_few_positions) == [(2, 4), (2, 9), (8,)]
+
+
+def test_a_loss_at_every_position(tmp_path):
+    """As of a token: Keras averages it over the positions."""
+    source = keras.Input((8,))
+    outputs = layers.Dense(CLASSES)(layers.Dense(5, "relu")(layers.Reshape((4, 2))(source)))
+    series = save_series(tmp_path, [keras.Model(source, outputs)])
+    rng = np.random.default_rng(1)
+    batch = batch_of(_batch().inputs, rng.integers(0, CLASSES, (10, 4)))
+    block = KerasFactorExtractor(series, "all-dense").load().extract(batch)
+    exact = load_model(series.checkpoints[0])
+    widen(exact)
+    assert block.labels.tolist() == batch.targets.tolist()
+    assert block.predictions.shape == (10, 4)
+    for layer in block.gradients[0].layers:
+        expected = _expected(exact, layer.name, batch)
+        assert np.abs(materialised(layer) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_named_and_frozen_layers():
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(4, name="first", trainable=False),
+            layers.Dense(4, name="second"),
+            layers.Dense(CLASSES, name="third"),
+        ]
+    )
+    names = [layer.name for layer in candidate_layers(model, "all-dense")]
+    assert sorted(names) == ["second", "third"]
+    assert [layer.name for layer in candidate_layers(model, "first,third")] == ["first", "third"]
+    with pytest.raises(InputError, match="0 Dense layers are called 'fourth': expected one of"):
+        candidate_layers(model, "first,fourth")
+    model.trainable = False
+    with pytest.raises(InputError, match="all Dense layers are frozen"):
+        candidate_layers(model, "all-dense")
+
+
+def test_named_layers_are_those_of_the_factors(tmp_path):
+    series = save_series(tmp_path, [_plain()])
+    model = load_model(series.checkpoints[0])
+    hidden = model.layers[3]
+    block = KerasFactorExtractor(series, hidden.name).load().extract(_batch())
+    assert [layer.name for layer in block.gradients[0].layers] == [hidden.name]
+    assert series.loss == SPARSE

@@ -148,11 +148,12 @@ def start_tensorflow() -> None:
 
 def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBlock:
     """Returns the gradient factors of all query examples, in their order."""
+    rows = extractor.block_rows(BLOCK_ROWS)
     return concatenate_blocks(
         [
             extractor.extract(batch)
             for shard in source.shards()
-            for batch in source.read(shard, BLOCK_ROWS)
+            for batch in source.read(shard, rows)
         ]
     )
 

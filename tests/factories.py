@@ -114,6 +114,9 @@ class LinearExtractor:
     def load(self) -> "LinearExtractor":
         return self
 
+    def block_rows(self, limit: int) -> int:
+        return limit
+
     def extract(self, batch: ExampleBatch) -> FactorBlock:
         rng = np.random.default_rng(self.seed)
         rows = target_rows("index", batch.targets, (len(batch), CLASSES))

@@ -27,8 +27,8 @@ def trained(tmp_path_factory):
     model = keras.Sequential(
         [
             keras.Input((5,)),
-            keras.layers.Dense(8, activation="relu"),
-            keras.layers.Dense(4, activation="softmax"),
+            keras.layers.Dense(8, activation="relu", name="hidden"),
+            keras.layers.Dense(4, activation="softmax", name="outputs"),
         ]
     )
     model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")

@@ -129,6 +129,29 @@ def test_a_regression_model(tmp_path, outputs):
         np.testing.assert_allclose(prediction, predicted[1][q], rtol=1e-5)
 
 
+def test_all_dense_layers(trained, arguments, tmp_path):
+    """Each layer's self-influence adds up."""
+    arguments["--output"] = tmp_path / "all"
+    assert tracin("self-influence", arguments, "--layers=all-dense").returncode == 0
+    rows = pq.read_table(tmp_path / "all" / "self_influence-00000-of-00001.parquet").to_pylist()
+    found = {row["example_id"]: row["self_influence"] for row in rows}
+    parts = []
+    for name in ("hidden", "outputs"):
+        arguments["--output"] = tmp_path / name
+        assert tracin("self-influence", arguments, f"--layers={name}").returncode == 0
+        table = pq.read_table(tmp_path / name / "self_influence-00000-of-00001.parquet")
+        parts.append({row["example_id"]: row["self_influence"] for row in table.to_pylist()})
+    for example, value in found.items():
+        assert value == pytest.approx(sum(part[example] for part in parts), rel=1e-6)
+    assert json.loads((tmp_path / "all" / "manifest.json").read_text())["run"]["layers"] == (
+        "all-dense"
+    )
+    arguments["--output"] = tmp_path / "unknown"
+    refused = tracin("self-influence", arguments, "--layers=hidden,conv")
+    assert refused.returncode == 1
+    assert "0 Dense layers are called 'conv': expected one of" in refused.stderr
+
+
 def test_the_same_again_is_done_and_another_is_refused(arguments, tmp_path):
     assert tracin("self-influence", arguments).returncode == 0
     before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns

@@ -172,6 +172,20 @@ def test_the_smaller_form_is_kept(tmp_path):
     assert widths(_few_positions) == [(2, 4), (2, 9), (8,)]
 
 
+def test_blocks_are_as_large_as_memory_has_room_for(tmp_path):
+    """Two checkpoints, and 8 + 3 numbers in float32 for an example at each."""
+    series = save_series(tmp_path, [_shared(), _shared()])
+    loaded = KerasFactorExtractor(series).load()
+    assert loaded.block_rows(2048) == 2048
+    assert loaded.block_rows(10**9) == 2**28 // (4 * 2 * (8 + CLASSES))
+    subclassed = tmp_path / "subclassed"
+    subclassed.mkdir()
+    loaded = KerasFactorExtractor(save_series(subclassed, [_subclassed()])).load()
+    assert loaded.block_rows(2048) == 256
+    loaded.extract(_batch())
+    assert loaded.block_rows(2048) == 2048
+
+
 def test_a_loss_at_every_position(tmp_path):
     """As of a token: Keras averages it over the positions."""
     source = keras.Input((8,))
@@ -187,6 +201,22 @@ def test_a_loss_at_every_position(tmp_path):
     for layer in block.gradients[0].layers:
         expected = _expected(exact, layer.name, batch)
         assert np.abs(materialised(layer) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_inputs_of_any_length(tmp_path):
+    source = keras.Input((None, 2))
+    x = layers.GlobalAveragePooling1D()(layers.Dense(5, "relu")(source))
+    series = save_series(tmp_path, [keras.Model(source, layers.Dense(CLASSES)(x))])
+    loaded = KerasFactorExtractor(series, "all-dense").load()
+    exact = load_model(series.checkpoints[0])
+    widen(exact)
+    for length in (4, 2):
+        batch = _batch()
+        inputs = batch.inputs.reshape(10, 4, 2)[:, :length]
+        batch = batch_of(np.ascontiguousarray(inputs), batch.targets)
+        for layer in loaded.extract(batch).gradients[0].layers:
+            expected = _expected(exact, layer.name, batch)
+            assert np.abs(materialised(layer) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_named_and_frozen_layers():

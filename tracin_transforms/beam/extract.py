@@ -97,7 +97,8 @@ class _ExtractShard(beam.DoFn):
         self._loaded = self._extractor.acquire()
 
     def process(self, shard: Shard) -> Iterator[FactorBlock]:
-        for batch in self._source.read(shard, self._block_rows):
+        rows = self._loaded.block_rows(self._block_rows)
+        for batch in self._source.read(shard, rows):
             block = self._loaded.extract(batch)
             yield block
             self._examples.inc(len(block))

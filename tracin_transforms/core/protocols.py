@@ -73,6 +73,10 @@ class ExampleSource(Protocol):
 class LoadedExtractor(Protocol):
     """Models in memory, ready to turn examples into gradient factors."""
 
+    def block_rows(self, limit: int) -> int:
+        """Returns how many examples, at most `limit`, make a block that memory has room for."""
+        ...
+
     def extract(self, batch: ExampleBatch) -> FactorBlock:
         """Returns the batch's gradient factors at all checkpoints.
 

@@ -26,6 +26,9 @@ from tracin_transforms.models.training_loss import TrainingLoss, loss_of_series
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
 _CHECKED_EXAMPLES = 4
 
+_BLOCK_BYTES = 256 * 2**20
+_ROWS_OF_UNKNOWN_SIZE = 256
+
 
 @dataclass(frozen=True)
 class KerasFactorExtractor:
@@ -110,6 +113,14 @@ class LoadedKerasExtractor:
             self._check_gradients(batch, block)
             self._checked = True
         return block
+
+    def block_rows(self, limit: int) -> int:
+        """Returns how many examples, at most `limit`, make a block of no more than 256 MiB."""
+        numbers = self._functions[0].numbers_per_example
+        if numbers is None:
+            # A model that Keras has no graph of shows its layers with the first examples only.
+            return min(limit, _ROWS_OF_UNKNOWN_SIZE)
+        return max(1, min(limit, _BLOCK_BYTES // (4 * numbers * len(self._functions))))
 
     def _load(self, checkpoint: Checkpoint) -> FactorFunction:
         model = load_model(checkpoint)

@@ -1,5 +1,6 @@
 """The compiled function from inputs and targets to one model's gradient factors."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,11 @@ class FactorFunction:
         self._loss = loss
         self._what = what
         self._compiled: dict[Any, Callable[[tf.Tensor, tf.Tensor], _Tensors]] = {}
-        # Those whose factors are taken; known when the function has been compiled.
+        self._output_shapes: dict[tuple[np.dtype, tuple[int, ...]], tuple[int, ...]] = {}
+        # The layers whose factors are taken, and how many numbers those of one example are; known
+        # when the function has been compiled.
         self.layers: list[ChosenLayer] = []
+        self.numbers_per_example: int | None = None
         self._choice = layers
         try:
             self._candidates = candidate_layers(model, layers)
@@ -108,6 +112,8 @@ class FactorFunction:
         if self._loss.formula is None or not getattr(self.model, "inputs", None):
             return
         inputs, outputs = self.model.inputs[0], self.model.outputs[0]
+        if None in (*inputs.shape[1:], *outputs.shape[1:]):
+            return
         signature = [
             tf.TensorSpec(inputs.shape, inputs.dtype),
             tf.TensorSpec(outputs.shape, tf.float64),
@@ -120,21 +126,27 @@ class FactorFunction:
         Raises:
             InputError: The model does not take such inputs, or gives something else.
         """
-        spec = keras.KerasTensor((None, *inputs.shape[1:]), self._input_dtype(inputs.dtype))
-        self._check_shape(inputs.shape[1:])
+        key = (inputs.dtype, inputs.shape[1:])
+        if key not in self._output_shapes:
+            self._check_shape(inputs.shape[1:])
+            self._output_shapes[key] = self._infer_output_shape(*key)
+        return (len(inputs), *self._output_shapes[key])
+
+    def _infer_output_shape(self, dtype: np.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
+        spec = keras.KerasTensor((None, *shape), self._input_dtype(dtype))
         try:
             output = self.model.compute_output_spec(spec)
         # Whatever a layer raises for an input that it does not take.
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"{self._what} does not take inputs of shape {inputs.shape[1:]}: {reason:.300}"
+                f"{self._what} does not take inputs of shape {shape}: {reason:.300}"
             ) from error
         if not isinstance(output, keras.KerasTensor) or None in output.shape[1:]:
             raise InputError(
                 f"{self._what} gives {str(output):.100}: expected one output of a known shape"
             )
-        return (len(inputs), *output.shape[1:])
+        return tuple(output.shape[1:])
 
     def _check_shape(self, found: tuple[int, ...]) -> None:
         declared = getattr(self.model, "inputs", None)
@@ -180,6 +192,7 @@ class FactorFunction:
             taps = self._chosen(taps)
             losses, signals, loss_inputs = error_signals(self._loss, taps, outputs, targets, tape)
             self.layers, factors = layer_factors(taps, signals)
+            self.numbers_per_example = sum(math.prod(factor.shape[1:]) for factor in factors)
             if not factors or (self._choice != ALL_DENSE and None in signals):
                 names = ", ".join(sorted({repr(tap.layer.name) for tap in taps}))
                 raise InputError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from pipelines.options import COMMANDS, parse
+from pipelines.options import COMMANDS, INTERRUPTS, parse
 from tracin_transforms.core.errors import InputError
 
 USAGE = """\
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage(), end="")
         return 0 if arguments else 2
-    _quieten()
+    _set_up_libraries()
     command, *rest = arguments
     if command not in COMMANDS:
         print(f"tracin: error: unknown command {command!r}\n\n{_usage()}", end="", file=sys.stderr)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except KeyboardInterrupt:
         print(
-            "\ntracin: interrupted; nothing was written to the output. "
+            "\ntracin: interrupted; nothing half done is left in the output. "
             "Run the same command again to start over.",
             file=sys.stderr,
         )
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _on_interrupt(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTS:
         signal.signal(number, handler)
 
 
@@ -80,9 +80,11 @@ def _usage() -> str:
     return USAGE.format(commands="\n".join(lines))
 
 
-def _quieten() -> None:
-    """Keeps TensorFlow and Beam from telling about themselves on every start."""
+def _set_up_libraries() -> None:
+    """Chooses Keras's backend; keeps TensorFlow and Beam from telling about themselves."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Whatever backend a checkpoint was trained on; .keras files do not depend on it.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
     # Beam logs a worker's exception with its traceback before it raises it to us, and warns of
     # Google Cloud clients that a local run does not need.
     logging.getLogger().addHandler(logging.NullHandler())

@@ -56,6 +56,8 @@ def run_pipeline(
         try:
             error = _wait(done, progress, total, terminal)
         except KeyboardInterrupt:
+            # Beam's threads would tell of the workers that are ended here.
+            threading.excepthook = lambda _: None
             for process in psutil.Process().children(recursive=True):
                 # A terminal's Ctrl-C reaches the workers too; some may be gone already.
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from pipelines.execution import run_pipeline
 from pipelines.job import (
     BLOCK_ROWS,
+    check_unchanged,
     describe_run,
     keras_extractor,
     open_inputs,
@@ -43,9 +44,9 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         return done
     extractor = SharedExtractor(keras_extractor(inputs.series, options))
     exact = keras_extractor(inputs.series, options, float64=True)
-    queries = query_factors(query_source, exact.load())
     # Held from before the pipeline starts, see self_influence.
-    with extractor.loaded(), staged_output(output) as staging:
+    with staged_output(output) as staging, extractor.loaded():
+        queries = query_factors(query_source, exact.load())
         factors = staging.work / "queries.npz"
         write_factor_block(factors, queries)
 
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
             )
 
         seconds = run_pipeline(build, beam_args, staging.progress, inputs.count)
+        check_unchanged(inputs.source, described["examples"])
         rows = read_result(staging.result, "influence")
         fewer = _count_fewer(rows, options.k, len(queries))
         write_manifest(
@@ -94,9 +96,10 @@ def _summary(
     ]
     for row in rows.filter(pc.equal(rows["rank"], 1)).slice(0, 10).to_pylist():
         lines.append(
-            f"  query {row['query_id']} (label {shown(row['query_label'])}, predicted "
-            f"{shown(row['query_prediction'])}): first {row['direction']} {row['example_id']} "
-            f"(label {shown(row['label'])}), influence {row['influence']:.4g}"
+            f"  query {shown(row['query_id'])} (label {shown(row['query_label'])}, predicted "
+            f"{shown(row['query_prediction'])}): first {row['direction']} "
+            f"{shown(row['example_id'])} (label {shown(row['label'])}), "
+            f"influence {row['influence']:.4g}"
         )
     for direction, count in fewer.items():
         if count:

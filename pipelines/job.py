@@ -2,6 +2,10 @@
 
 import argparse
 import contextlib
+import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.options import INTERRUPTS
 from pipelines.stderr import captured_stderr
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
@@ -158,8 +163,10 @@ def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBl
     )
 
 
-def shown(value: int | float | list[float]) -> str:
-    """Returns a label or prediction as a summary shows it: several numbers are cut short."""
+def shown(value: str | int | float | list[float]) -> str:
+    """Returns an id, a label or a prediction as a summary shows it, on one line."""
+    if isinstance(value, str):
+        return value if value.isprintable() else ascii(value)
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value[:4]))}{', ...' if len(value) > 4 else ''}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -200,9 +207,40 @@ def staged_output(output: Output) -> Iterator[Staging]:
         raise
     finally:
         work.discard()
+    with _uninterrupted():
+        try:
+            # Once more: hours may have passed, and another job may have finished here.
+            is_finished(path, output.run, output.overwrite)
+            previous = result.publish()
+        except (InputError, OSError) as error:
+            raise InputError(f"{error}. The finished result was kept in {result.path}") from error
+        try:
+            if previous is not None:
+                shutil.rmtree(previous)
+        except OSError as error:
+            print(
+                f"tracin: warning: the result that was replaced could not be removed: {error}",
+                file=sys.stderr,
+            )
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets the moment pass in which a Ctrl-C would leave neither the old result nor the new."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
     try:
-        # Once more: hours may have passed, and another job may have finished here.
-        is_finished(path, output.run, output.overwrite)
-        result.publish()
-    except (InputError, OSError) as error:
-        raise InputError(f"{error}. The finished result was kept in {result.path}") from error
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def check_unchanged(source: ExampleSource, fingerprint: dict[str, Any]) -> None:
+    """Raises InputError if the examples are not those that the job began with."""
+    if source.fingerprint() != fingerprint:
+        raise InputError(
+            f"examples {fingerprint.get('file', '')!r} changed while the job ran: run it again"
+        )

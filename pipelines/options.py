@@ -2,9 +2,13 @@
 
 import argparse
 import difflib
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
+
+# What ends a command: Ctrl-C, `kill`, and the terminal being closed.
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _EPILOG = """\
 Beam's own options may follow, for example --runner=FnApiRunner (the default),

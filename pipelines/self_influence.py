@@ -11,6 +11,7 @@ import apache_beam as beam
 from pipelines.execution import run_pipeline
 from pipelines.job import (
     BLOCK_ROWS,
+    check_unchanged,
     describe_run,
     keras_extractor,
     open_inputs,
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     extractor = SharedExtractor(keras_extractor(inputs.series, options))
     # Held from before the pipeline starts: a bad checkpoint is an error of this process, and
     # workers that are threads of it find the models loaded.
-    with extractor.loaded(), staged_output(output) as staging:
+    with staged_output(output) as staging, extractor.loaded():
 
         def build(pipeline: beam.Pipeline) -> None:
             _ = (
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
             )
 
         seconds = run_pipeline(build, beam_args, staging.progress, inputs.count)
+        check_unchanged(inputs.source, described["examples"])
         ranking = write_self_influence(staging.work, staging.result, inputs.count)
         write_manifest(staging.result, described, {"examples": inputs.count, "seconds": seconds})
     return _summary(ranking.slice(0, 10).to_pylist(), inputs.count, seconds, output.path)
@@ -63,7 +65,7 @@ def _summary(top: list[dict[str, Any]], count: int, seconds: float, output: Path
     for row in top:
         lines.append(
             f"  {row['rank']:>4}  {row['self_influence']:>14.6g}  {shown(row['label']):>5}  "
-            f"{shown(row['prediction']):>9}  {row['example_id']}"
+            f"{shown(row['prediction']):>9}  {shown(row['example_id'])}"
         )
     return "\n".join(
         [

@@ -68,5 +68,8 @@ def test_a_missing_learning_rate_names_the_flag():
     with pytest.raises(InputError, match=r"'a' has no learning rate.*--checkpoint-weights equal"):
         series.weights("recorded")
     np.testing.assert_array_equal(series.weights("equal"), [1.0])
+    zero = CheckpointSeries((Checkpoint("a", "a.keras", 0.0, 1),), DOCUMENT["loss"], True)
+    with pytest.raises(InputError, match="all recorded learning rates are 0"):
+        zero.weights("recorded")
     with pytest.raises(InputError, match="'other': expected 'recorded' or 'equal'"):
         series.weights("other")

@@ -152,6 +152,12 @@ def test_all_dense_layers(trained, arguments, tmp_path):
     assert "0 Dense layers are called 'conv': expected one of" in refused.stderr
 
 
+def test_keras_configured_for_another_backend(arguments, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    done = tracin("self-influence", arguments)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_same_again_is_done_and_another_is_refused(arguments, tmp_path):
     assert tracin("self-influence", arguments).returncode == 0
     before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
@@ -190,6 +196,7 @@ def test_interrupting_leaves_nothing_behind(trained, arguments, tmp_path, sent, 
     assert time.monotonic() - start < 5
     assert process.returncode == 130
     assert "interrupted" in errors
+    assert "Traceback" not in errors
     assert "Run the same command again" in errors
     gone, alive = psutil.wait_procs(family, timeout=5)
     assert not alive

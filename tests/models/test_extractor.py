@@ -242,6 +242,25 @@ def test_a_wrong_factor_is_noticed(tmp_path, monkeypatch, wrong):
         extractor.extract(image_batch())
 
 
+def test_checkpoints_of_different_models_are_refused(tmp_path):
+    other = keras.Sequential(
+        [keras.Input((6, 6, 2)), keras.layers.Flatten(), keras.layers.Dense(4)]
+    )
+    extractor = KerasFactorExtractor(save_series(tmp_path, [conv_model(), other])).load()
+    with pytest.raises(InputError, match=r"different shapes: \[\(40, 4\), \(40, 5\)\]"):
+        extractor.extract(image_batch())
+
+
+def test_classes_that_are_not_known_are_named(tmp_path):
+    class Unknown(keras.layers.Layer):
+        pass
+
+    layers = [keras.Input((3,)), Unknown(), keras.layers.Dense(5)]
+    series = save_series(tmp_path, [keras.Sequential(layers)])
+    with pytest.raises(InputError, match="Could not locate class 'Unknown'"):
+        KerasFactorExtractor(series).load()
+
+
 def test_batch_sizes_below_one_are_refused(tmp_path):
     with pytest.raises(InputError, match="batch size is 0"):
         KerasFactorExtractor(save_series(tmp_path, [conv_model()]), batch_size=0)

@@ -1,7 +1,13 @@
+import os
+import signal
+
+import numpy as np
 import pytest
 
-from pipelines.job import Output, staged_output
+from pipelines.job import Output, check_unchanged, shown, staged_output
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.examples.npz import NpzExamples
+from tracin_transforms.storage.files import StagedDirectory
 from tracin_transforms.storage.manifest import write_manifest
 
 RUN = {"command": "influence", "k": 20}
@@ -54,3 +60,34 @@ def test_with_overwrite_the_last_job_wins(tmp_path):
     _take_meanwhile(tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert next((tmp_path / "out").glob("*.parquet")).read_text() == "20"
+
+
+def test_an_interrupt_while_the_result_is_moved_comes_too_late(tmp_path, monkeypatch):
+    publish = StagedDirectory.publish
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return publish(self)
+
+    monkeypatch.setattr(StagedDirectory, "publish", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    _take_meanwhile(tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_examples_that_change_meanwhile_are_noticed(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=np.zeros(3, int))
+    source = NpzExamples(str(tmp_path / "a.npz"))
+    before = source.fingerprint()
+    check_unchanged(source, before)
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 2)), y=np.zeros(3, int))
+    with pytest.raises(InputError, match=r"examples 'a\.npz' changed while the job ran"):
+        check_unchanged(source, before)
+
+
+def test_what_a_summary_shows():
+    assert shown("ä 1") == "ä 1"
+    assert shown("a\n\x1b[31m") == r"'a\n\x1b[31m'"
+    assert (shown(3), shown(0.123456)) == ("3", "0.1235")
+    assert shown([1.0, 2.5, 3.0, 4.0, 5.0]) == "[1, 2.5, 3, 4, ...]"

@@ -52,13 +52,16 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_published_directory_replaces_the_old_one(tmp_path):
     output = tmp_path / "out"
+    previous = []
     for content in ("first", "second"):
         staged = StagedDirectory(output)
         (staged.create() / "file").write_text(content)
-        staged.publish()
+        previous.append(staged.publish())
         staged.discard()
     assert (output / "file").read_text() == "second"
-    assert list(tmp_path.iterdir()) == [output]
+    assert previous[0] is None
+    assert (previous[1] / "file").read_text() == "first"
+    assert set(tmp_path.iterdir()) == {output, previous[1]}
 
 
 def test_a_refused_write_is_an_error_for_the_user(tmp_path):
@@ -191,9 +194,18 @@ def test_only_a_result_of_the_same_command_is_overwritten(tmp_path):
     assert not is_finished(output, RUN, overwrite=True)
     with pytest.raises(InputError, match="a result of 'influence', not of 'demo'"):
         is_finished(output, {**RUN, "command": "demo"}, overwrite=True)
-    (output / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"'notes\.txt', which is no part of the result"):
+    (output / "below").mkdir()
+    (output / "below" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"'below/notes\.txt', which is no part of the result"):
         is_finished(output, RUN, overwrite=True)
+
+
+def test_a_result_that_lacks_a_file_is_not_finished(tmp_path):
+    _finished(tmp_path / "out")
+    (tmp_path / "out" / "influence-00000-of-00001.parquet").unlink()
+    with pytest.raises(InputError, match=r"without its file 'influence-.*--overwrite"):
+        is_finished(tmp_path / "out", RUN)
+    assert not is_finished(tmp_path / "out", RUN, overwrite=True)
 
 
 SERIES = CheckpointSeries(

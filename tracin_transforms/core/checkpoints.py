@@ -113,7 +113,13 @@ class CheckpointSeries:
                 f"{len(self.checkpoints)} have none): add 'learning_rate' to checkpoints.json, "
                 "or weigh all checkpoints alike with --checkpoint-weights equal"
             )
-        return np.array([c.learning_rate for c in self.checkpoints], dtype=np.float64)
+        rates = np.array([c.learning_rate for c in self.checkpoints], dtype=np.float64)
+        if not rates.any():
+            raise InputError(
+                "all recorded learning rates are 0, which makes every influence 0: weigh the "
+                "checkpoints alike with --checkpoint-weights equal"
+            )
+        return rates
 
 
 def series_to_json(series: CheckpointSeries) -> dict[str, Any]:

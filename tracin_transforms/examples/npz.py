@@ -154,10 +154,15 @@ def _load(file: Path, names: list[str]) -> dict[str, np.ndarray]:
                     f"{str(file)!r} has no array {name!r}: found {', '.join(archive.files)}; name "
                     f"the arrays as in npz:{file.name}?x=images&y=labels&id=ids"
                 )
-        try:
-            return {name: archive[name] for name in names}
-        except _UNREADABLE as error:
-            raise InputError(
-                f"{str(file)!r}: an array cannot be read: expected plain numbers or strings in a "
-                f"complete file ({error})"
-            ) from error
+        return {name: _array(file, archive, name) for name in names}
+
+
+def _array(file: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        found: np.ndarray = archive[name]
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{str(file)!r}: array {name!r} cannot be read: expected plain numbers or strings in a "
+            f"complete file, such as ids.astype(str) instead of objects ({error})"
+        ) from error
+    return found

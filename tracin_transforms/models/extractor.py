@@ -87,7 +87,13 @@ class LoadedKerasExtractor:
                 is not finite, or the factors differ from automatic differentiation.
         """
         _check_inputs_finite(batch)
-        targets = _Targets(self._loss, batch, self._functions[-1].output_shape(batch.inputs))
+        shapes = [function.output_shape(batch.inputs) for function in self._functions]
+        if len(set(shapes)) > 1:
+            raise InputError(
+                f"the checkpoints' models have outputs of different shapes: {sorted(set(shapes))}: "
+                "expected checkpoints of one training run"
+            )
+        targets = _Targets(self._loss, batch, shapes[0])
         size = self._description.batch_size
         # Two checkpoints at a time: while one is in a part that keeps a single core busy, such as
         # a layer that does not split, the other has the rest of the machine.

@@ -104,8 +104,11 @@ class StagedDirectory:
             raise InputError(f"output {str(self.output)!r} cannot be written: {error}") from error
         return self.path
 
-    def publish(self) -> None:
-        """Moves the directory into place; a directory that was there before is replaced.
+    def publish(self) -> Path | None:
+        """Moves the directory into place.
+
+        Returns:
+            Where the directory is now that was there before, for the caller to remove; or None.
 
         Raises:
             OSError: It cannot be moved; then both directories are where they were.
@@ -116,17 +119,16 @@ class StagedDirectory:
             os.rename(self.output, previous)
         try:
             os.rename(self.path, self.output)
-        except BaseException:
+        except OSError:
             if previous is not None:
                 os.rename(previous, self.output)
             raise
-        if previous is not None:
-            shutil.rmtree(previous)
+        return previous
 
     def discard(self) -> None:
         """Removes the staging directory with all that is in it, if it is still there."""
         # Under a name that no thread of an interrupted pipeline knows and could write into.
         doomed = self.path.with_suffix(".gone")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.rename(self.path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -24,7 +24,7 @@ def write_manifest(directory: Path, run: dict[str, Any], summary: dict[str, Any]
         "format": FORMAT,
         "run": run,
         "summary": summary,
-        "files": sorted(path.name for path in directory.iterdir()),
+        "files": _files(directory),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
     (directory / FILE_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -44,7 +44,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not JSON: {error}") from error
     known = isinstance(document, dict) and document.get("format") == FORMAT
-    if not known or not {"run", "summary", "files"} <= document.keys():
+    if not (
+        known and isinstance(document.get("run"), dict) and isinstance(document.get("files"), list)
+    ):
         raise InputError(f"{str(path)!r} is not a manifest of format {FORMAT}")
     return document
 
@@ -73,28 +75,42 @@ def is_finished(output: Path, run: dict[str, Any], overwrite: bool = False) -> b
             "another directory"
         )
     manifest = read_manifest(output)
-    if overwrite:
-        _check_replaceable(output, manifest, run)
-        return False
-    # As read back from JSON, where tuples have become lists.
-    differences = _differences(manifest["run"], json.loads(json.dumps(run)))
-    if differences:
-        raise InputError(
-            f"output {str(output)!r} holds the result of another run: {'; '.join(differences)}. "
-            "Choose another directory, or replace it with --overwrite"
-        )
-    return True
-
-
-def _check_replaceable(output: Path, manifest: dict[str, Any], run: dict[str, Any]) -> None:
-    """Raises InputError if the directory is more than a result of the same command."""
     command = manifest["run"].get("command")
     if command != run["command"]:
         raise InputError(
             f"output {str(output)!r} holds a result of {command!r}, not of {run['command']!r}: "
             "choose another directory"
         )
-    foreign = sorted({path.name for path in output.iterdir()} - {*manifest["files"], FILE_NAME})
+    if overwrite:
+        _check_replaceable(output, manifest)
+        return False
+    # As read back from JSON, where tuples have become lists.
+    differences = _differences(manifest["run"], json.loads(json.dumps(run)))
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise InputError(
+            f"output {str(output)!r} holds the result of another run: "
+            f"{'; '.join(differences[:3])}{more}. "
+            "Choose another directory, or replace it with --overwrite"
+        )
+    missing = sorted(set(manifest["files"]) - set(_files(output)))
+    if missing:
+        raise InputError(
+            f"output {str(output)!r} holds this result without its file {missing[0]!r}: compute it "
+            "anew with --overwrite"
+        )
+    return True
+
+
+def _files(directory: Path) -> list[str]:
+    """Returns the paths of all files in a directory, relative to it, in order."""
+    paths = (path for path in directory.rglob("*") if not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in paths)
+
+
+def _check_replaceable(output: Path, manifest: dict[str, Any]) -> None:
+    """Raises InputError if the directory holds more than the result."""
+    foreign = sorted(set(_files(output)) - {*manifest["files"], FILE_NAME})
     if foreign:
         raise InputError(
             f"output {str(output)!r} holds {foreign[0]!r}, which is no part of the result: move "

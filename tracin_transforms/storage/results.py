@@ -131,4 +131,5 @@ def _write_parts(table: pa.Table, output: Path, name: str) -> None:
     parts = max(1, -(-len(table) // _ROWS_PER_FILE))
     for part in range(parts):
         rows = table.slice(part * _ROWS_PER_FILE, _ROWS_PER_FILE)
-        pq.write_table(rows, output / f"{name}-{part:05d}-of-{parts:05d}.parquet")
+        with written_atomically(output / f"{name}-{part:05d}-of-{parts:05d}.parquet") as temporary:
+            pq.write_table(rows, temporary)

@@ -38,8 +38,8 @@ def test_all_text_is_escaped():
     assert page.count("&lt;script&gt;") >= 6
     assert "default-src 'none'" in page
     assert "(none)" in page
-    assert "55.0 %" in page
-    assert "75.0 %" in page
+    assert "55.0&nbsp;%" in page
+    assert "75.0&nbsp;%" in page
 
 
 def test_shares_found():

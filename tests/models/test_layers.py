@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.models.conftest import SPARSE, batch_of, save_series
+from tests.models.conftest import batch_of, save_series
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.products import materialised
 from tracin_transforms.models.extractor import KerasFactorExtractor

@@ -244,4 +244,3 @@ def test_named_layers_are_those_of_the_factors(tmp_path):
     hidden = model.layers[3]
     block = KerasFactorExtractor(series, hidden.name).load().extract(_batch())
     assert [layer.name for layer in block.gradients[0].layers] == [hidden.name]
-    assert series.loss == SPARSE

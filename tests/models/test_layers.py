@@ -183,7 +183,7 @@ def test_blocks_are_as_large_as_memory_has_room_for(tmp_path):
     loaded = KerasFactorExtractor(save_series(subclassed, [_subclassed()])).load()
     assert loaded.block_rows(2048) == 256
     loaded.extract(_batch())
-    assert loaded.block_rows(2048) == 2048
+    assert loaded.block_rows(2048) == 256
 
 
 def test_a_loss_at_every_position(tmp_path):
@@ -231,6 +231,7 @@ def test_named_and_frozen_layers():
     names = [layer.name for layer in candidate_layers(model, "all-dense")]
     assert sorted(names) == ["second", "third"]
     assert [layer.name for layer in candidate_layers(model, "first,third")] == ["first", "third"]
+    assert [layer.name for layer in candidate_layers(model, "first, first")] == ["first"]
     with pytest.raises(InputError, match="0 Dense layers are called 'fourth': expected one of"):
         candidate_layers(model, "first,fourth")
     model.trainable = False

@@ -77,6 +77,8 @@ class LoadedKerasExtractor:
         self._functions = [self._load(checkpoint) for checkpoint in checkpoints]
         # The others are checked with the first batch: compiling each twice would take seconds.
         self._functions[0].check()
+        # Settled here: a shard that is done again must be cut into the same blocks.
+        self._numbers_per_example = self._functions[0].numbers_per_example
         self._checked = False
 
     def extract(self, batch: ExampleBatch) -> FactorBlock:
@@ -122,7 +124,7 @@ class LoadedKerasExtractor:
 
     def block_rows(self, limit: int) -> int:
         """Returns how many examples, at most `limit`, make a block of no more than 256 MiB."""
-        numbers = self._functions[0].numbers_per_example
+        numbers = self._numbers_per_example
         if numbers is None:
             # A model that Keras has no graph of shows its layers with the first examples only.
             return min(limit, _ROWS_OF_UNKNOWN_SIZE)

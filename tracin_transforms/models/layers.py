@@ -29,7 +29,8 @@ def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Dense
     if layers == LAST:
         return dense
     if layers != ALL_DENSE:
-        return [_by_name(dense, name) for name in layers.split(",")]
+        # Once each, also if named twice.
+        return list(dict.fromkeys(_by_name(dense, name.strip()) for name in layers.split(",")))
     trained = [layer for layer in dense if layer.trainable]
     if not trained:
         raise InputError("all Dense layers are frozen: name those to take nevertheless")

@@ -51,7 +51,7 @@ def random_block(
 
 
 def materialised_gradients(block: FactorBlock) -> np.ndarray:
-    """Returns each example's whole gradient at each checkpoint, shape [K, n, parameters]."""
+    """Returns each example's gradients, shape [K, L, n, parameters], padded with zeros."""
     checkpoints = []
     for gradient in block.gradients:
         parts = []
@@ -65,8 +65,9 @@ def materialised_gradients(block: FactorBlock) -> np.ndarray:
             if outer.ndim == 4:
                 outer = outer.sum(axis=1)
             parts.append(outer.reshape(len(activations), -1))
-        checkpoints.append(np.hstack(parts))
-    return np.stack(checkpoints)
+        widest = max(part.shape[1] for part in parts)
+        checkpoints.append([np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in parts])
+    return np.array(checkpoints)
 
 
 def split(block: FactorBlock, pieces: int) -> list[FactorBlock]:

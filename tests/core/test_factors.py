@@ -33,9 +33,23 @@ def test_arrays_that_do_not_fit_are_refused():
         ("example_ids", np.arange(3), "expected unicode"),
         ("gradients", (), "at least one checkpoint"),
         ("gradients", (GradientFactors("e", (_layer(2, 2),)),) * 3, "factors of 2 examples"),
+        (
+            "gradients",
+            tuple(GradientFactors("e", (_layer(),) * (1 + k)) for k in range(3)),
+            "factors of 2 layers, expected 1",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             FactorBlock(**{**fields, name: value})
+
+
+@pytest.mark.parametrize(
+    ("width", "has_bias", "groups"), [(2, False, 1), (1, True, 1), (1, False, 2)]
+)
+def test_one_hot_activations_have_one_index_no_bias_and_no_groups(width, has_bias, groups):
+    indices, signals = np.zeros((3, width), np.int32), np.zeros((3, 4), np.float32)
+    with pytest.raises(ValueError, match="one-hot activations .* expected one index each"):
+        LayerFactors("embedding", indices, signals, has_bias, groups)
 
 
 def test_concatenate_undoes_rows():

@@ -38,7 +38,7 @@ def test_hand_computed_case(has_bias, expected):
 
     assert influence(z, query, weights).tolist() == [[expected]]
     own = 0.5 * 5 * (13 + has_bias)
-    assert self_influence(z, weights).tolist() == [[own]]
+    assert self_influence(z, weights).tolist() == [[[own]]]
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -49,8 +49,8 @@ def test_equals_materialised_gradients(has_bias, layers, positions):
     shape = {"has_bias": has_bias, "layers": layers, "positions": positions}
     block, queries = random_block(rng, 30, **shape), random_block(rng, 7, "q", **shape)
     gradients, query_gradients = materialised_gradients(block), materialised_gradients(queries)
-    parts = WEIGHTS[:, None, None] * np.einsum("knp,kqp->knq", gradients, query_gradients)
-    expected = parts.sum(axis=0)
+    parts = np.einsum("k,klnp,klqp->nqkl", WEIGHTS, gradients, query_gradients)
+    expected = parts.sum(axis=(2, 3))
 
     scores = influence(block, queries, WEIGHTS)
     assert np.abs(scores - expected).max() <= 1e-6 * np.abs(expected).max()
@@ -58,15 +58,16 @@ def test_equals_materialised_gradients(has_bias, layers, positions):
 
     rows, columns = (index.ravel() for index in np.indices(expected.shape))
     pairs = pair_influence(block, queries, WEIGHTS, rows, columns)
-    np.testing.assert_allclose(pairs, parts.reshape(3, -1).T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(pairs, parts.reshape(-1, 3, layers), rtol=1e-12, atol=1e-12)
 
     own = self_influence(block, WEIGHTS)
-    np.testing.assert_allclose(own.T, WEIGHTS[:, None] * (gradients**2).sum(axis=2), rtol=1e-12)
+    norms = np.einsum("k,klnp->nkl", WEIGHTS, gradients**2)
+    np.testing.assert_allclose(own, norms, rtol=1e-12)
 
 
 def test_self_influence_is_the_diagonal_and_not_negative():
     block = random_block(np.random.default_rng(3), 25)
-    own = self_influence(block, WEIGHTS).sum(axis=1)
+    own = self_influence(block, WEIGHTS).sum(axis=(1, 2))
 
     np.testing.assert_allclose(np.diag(influence(block, block, WEIGHTS)), own, rtol=1e-5)
     assert (own >= 0).all()

@@ -24,7 +24,7 @@ def assert_same(a: TopInfluences, b: TopInfluences) -> None:
         np.testing.assert_array_equal(x.query_rows, y.query_rows)
         np.testing.assert_array_equal(x.example_ids, y.example_ids)
         np.testing.assert_array_equal(x.labels, y.labels)
-        np.testing.assert_array_equal(x.per_checkpoint, y.per_checkpoint)
+        np.testing.assert_array_equal(x.parts, y.parts)
 
 
 def _top(rows: list[tuple[int, int, int]], k: int) -> TopInfluences:
@@ -37,7 +37,7 @@ def _top(rows: list[tuple[int, int, int]], k: int) -> TopInfluences:
         example_ids=np.array([f"z{e:03d}" for e in examples], dtype="U4"),
         labels=np.array(examples, dtype=np.int32),
         predictions=np.array(examples, dtype=np.int32),
-        per_checkpoint=np.array(scores, dtype=np.float64).reshape(-1, 1),
+        parts=np.array(scores, dtype=np.float64).reshape(-1, 1, 1),
     )
     everything = TopInfluences(QUERY_IDS, k, pairs, pairs)
     return everything.merge(_none(k))
@@ -49,7 +49,7 @@ def _none(k: int, query_ids: np.ndarray = QUERY_IDS) -> TopInfluences:
         example_ids=np.empty(0, dtype="U1"),
         labels=np.empty(0, dtype=np.int32),
         predictions=np.empty(0, dtype=np.int32),
-        per_checkpoint=np.empty((0, 1)),
+        parts=np.empty((0, 1, 1)),
     )
     return TopInfluences(query_ids, k, none, none)
 

@@ -245,7 +245,7 @@ def test_runs_that_cannot_be_read(tmp_path):
 
 def test_factor_block_round_trip(tmp_path):
     block = random_block(np.random.default_rng(0), 5, layers=2)
-    renamed = dataclasses.replace(block.gradients[1].layers[0], name="dense_7")
+    renamed = dataclasses.replace(block.gradients[1].layers[0], name="dense_7", groups=2)
     gradient = dataclasses.replace(
         block.gradients[1], layers=(renamed, block.gradients[1].layers[1])
     )
@@ -263,7 +263,7 @@ def test_factor_block_round_trip(tmp_path):
     np.testing.assert_array_equal(read.losses, block.losses)
     for a, b in zip(read.gradients, block.gradients, strict=True):
         for x, y in zip(a.layers, b.layers, strict=True):
-            assert (x.name, x.has_bias) == (y.name, y.has_bias)
+            assert (x.name, x.has_bias, x.groups) == (y.name, y.has_bias, y.groups)
             np.testing.assert_array_equal(x.activations, y.activations)
             np.testing.assert_array_equal(x.error_signals, y.error_signals)
 
@@ -278,7 +278,7 @@ def _write_all(directory, blocks, expected):
 def test_self_influence_files(tmp_path):
     block = random_block(np.random.default_rng(1), 20)
     _write_all(tmp_path, split(block, 3), 20)
-    own = self_influence(block, WEIGHTS)
+    own = self_influence(block, WEIGHTS)[..., 0]
     order = np.argsort(-own.sum(axis=1))
 
     table = pq.read_table(tmp_path / "self_influence-00000-of-00001.parquet")
@@ -337,6 +337,21 @@ def test_influence_files(tmp_path):
     assert all(r["influence"] == pytest.approx(sum(r["per_checkpoint"])) for r in rows)
     assert all((r["influence"] > 0) == (r["direction"] == "proponent") for r in rows)
     assert rows[-1]["query_label"] == queries.labels[2]
+
+
+def test_several_layers_have_their_parts_shown(tmp_path):
+    rng = np.random.default_rng(4)
+    block, queries = random_block(rng, 30, layers=2), random_block(rng, 3, "q", layers=2)
+    top = merge_block(TopInfluences.empty(queries, 4), block, queries, WEIGHTS)
+    write_influence(tmp_path, top, queries)
+    for row in read_result(tmp_path, "influence").to_pylist():
+        assert list(row["per_layer"]) == ["dense-0", "dense-1"]
+        assert row["influence"] == pytest.approx(sum(row["per_layer"].values()))
+
+    _write_all(tmp_path, split(block, 3), 30)
+    own = dict(zip(block.example_ids, self_influence(block, WEIGHTS).sum(axis=1), strict=True))
+    for row in read_result(tmp_path, "self_influence").to_pylist():
+        np.testing.assert_allclose(list(row["per_layer"].values()), own[row["example_id"]])
 
 
 def test_a_result_without_files_is_refused(tmp_path):

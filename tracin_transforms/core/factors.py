@@ -3,7 +3,7 @@
 For a dense layer with pre-activations y = W h + b the gradient of one example is the outer
 product ∂ℓ/∂W = e hᵀ and ∂ℓ/∂b = e, with the error signal e = ∂ℓ/∂y and the activation h. A layer
 that is applied at several positions, or called several times, has a pair for each, and its
-gradient is their sum.
+gradient is their sum. An embedding is a dense layer whose activations are one-hot rows.
 """
 
 from collections.abc import Sequence
@@ -16,32 +16,41 @@ from tracin_transforms.core.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
-    """Gradient factors of some examples for one dense layer.
+    """Gradient factors of some examples for the weights of one layer.
 
     Attributes:
-        name: The layer's name.
-        activations: h, shape [n, d] or, at P positions, [n, P, d], float32.
+        name: The layer's name; with its part, where a layer has several: ``dense/lora_a``.
+        activations: h, shape [n, d] or, at P positions, [n, P, d], float32. One-hot rows are given
+            by the index of their 1 instead: shape [n, 1] or [n, P, 1], int32.
         error_signals: e, shape [n, C] or [n, P, C], float32.
         has_bias: Whether the layer has a bias, which adds 1 to every product of activations.
+        groups: G, where d and C are those of G independent groups, one after the other: the
+            gradient is that of G layers of widths d/G and C/G (a grouped convolution).
     """
 
     name: str
     activations: np.ndarray
     error_signals: np.ndarray
     has_bias: bool
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("activations", "error_signals"):
+        for field, dtypes in (("activations", "float32 int32"), ("error_signals", "float32")):
             array = getattr(self, field)
-            if array.ndim not in (2, 3) or array.dtype != np.float32:
+            if array.ndim not in (2, 3) or str(array.dtype) not in dtypes.split():
                 raise ValueError(
                     f"{field} of layer {self.name!r}: shape {array.shape} and dtype {array.dtype}, "
-                    "expected [examples, width] or [examples, positions, width] in float32"
+                    f"expected [examples, width] or [examples, positions, width] in {dtypes}"
                 )
         if self.activations.shape[:-1] != self.error_signals.shape[:-1]:
             raise ValueError(
                 f"layer {self.name!r}: activations and error_signals disagree on the examples and "
                 f"positions: {self.activations.shape[:-1]} vs {self.error_signals.shape[:-1]}"
+            )
+        if self.is_one_hot and (self.has_bias or self.groups > 1 or self.activations.shape[-1] > 1):
+            raise ValueError(
+                f"layer {self.name!r}: one-hot activations of shape {self.activations.shape}: "
+                "expected one index each, no bias and no groups"
             )
 
     def __len__(self) -> int:
@@ -51,6 +60,11 @@ class LayerFactors:
     def positions(self) -> int:
         """P, the number of positions; 1 if the layer is applied once."""
         return self.activations.shape[1] if self.activations.ndim == 3 else 1
+
+    @property
+    def is_one_hot(self) -> bool:
+        """Whether the activations are indices of one-hot rows."""
+        return self.activations.dtype.kind == "i"
 
     @property
     def numbers_per_example(self) -> int:
@@ -64,6 +78,17 @@ class LayerFactors:
             activations=self.activations[selection],
             error_signals=self.error_signals[selection],
         )
+
+    def by_group(self) -> "list[LayerFactors]":
+        """Returns the factors of each group as those of a layer of its own."""
+        if self.groups == 1:
+            return [self]
+        pairs = zip(
+            np.split(self.activations, self.groups, axis=-1),
+            np.split(self.error_signals, self.groups, axis=-1),
+            strict=True,
+        )
+        return [LayerFactors(self.name, h, e, self.has_bias) for h, e in pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +163,11 @@ class FactorBlock:
                     f"checkpoint {gradient.checkpoint_id!r} has factors of {len(gradient)} "
                     f"examples, expected {n}"
                 )
+            if len(gradient.layers) != len(self.gradients[0].layers):
+                raise ValueError(
+                    f"checkpoint {gradient.checkpoint_id!r} has factors of {len(gradient.layers)} "
+                    f"layers, expected {len(self.gradients[0].layers)}"
+                )
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -146,6 +176,11 @@ class FactorBlock:
     def checkpoint_ids(self) -> tuple[str, ...]:
         """Ids of the checkpoints, in order."""
         return tuple(gradient.checkpoint_id for gradient in self.gradients)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers, in order, at the first checkpoint."""
+        return tuple(layer.name for layer in self.gradients[0].layers)
 
     def rows(self, selection: slice | np.ndarray) -> "FactorBlock":
         """Returns the block of the selected rows; `start` stays that of the whole block."""

@@ -44,7 +44,7 @@ def influence(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> 
     total = np.zeros((len(block), len(queries)), dtype=np.float32)
     # What is beyond float32 is found, and its example named, at the end.
     with np.errstate(over="ignore", invalid="ignore"):
-        for k, layer, query_layer in _layer_pairs(block, queries):
+        for k, _, layer, query_layer in _layer_pairs(block, queries):
             products = all_products(layer, query_layer)
             products *= np.float32(weights[k])
             total += products
@@ -65,7 +65,7 @@ def pair_influence(
     rows: np.ndarray,
     columns: np.ndarray,
 ) -> np.ndarray:
-    """Returns the influence of chosen pairs, each checkpoint's part apart, in float64.
+    """Returns the influence of chosen pairs, each checkpoint's and layer's part apart, in float64.
 
     A pair's value depends on its own factors alone, not on the block that it was scored in.
 
@@ -77,17 +77,18 @@ def pair_influence(
         columns: Row of the queries of each pair, shape [m].
 
     Returns:
-        η_k ∇ℓ(w_k, z)·∇ℓ(w_k, z'), shape [m, K], float64. The sum over axis 1 is the influence.
+        η_k ∇ℓ(w_k, z)·∇ℓ(w_k, z') for each of L layers, shape [m, K, L], float64. The sum over
+        axes 1 and 2 is the influence.
     """
     _check_same_series(block, queries, weights)
-    parts = np.zeros((len(rows), len(weights)))
-    for k, layer, query_layer in _layer_pairs(block, queries):
-        parts[:, k] += weights[k] * pair_products(layer, query_layer, rows, columns)
+    parts = np.empty((len(rows), len(weights), len(block.layer_names)))
+    for k, i, layer, query_layer in _layer_pairs(block, queries):
+        parts[:, k, i] = weights[k] * pair_products(layer, query_layer, rows, columns)
     return parts
 
 
 def self_influence(block: FactorBlock, weights: np.ndarray) -> np.ndarray:
-    """Returns the influence of each example on itself, each checkpoint's part apart.
+    """Returns the influence of each example on itself, each checkpoint's and layer's part apart.
 
     ``η_k ‖∇ℓ(w_k, z)‖² = η_k ‖e‖²(‖h‖² + 1)``. Large values point at mislabelled and odd examples.
 
@@ -96,19 +97,19 @@ def self_influence(block: FactorBlock, weights: np.ndarray) -> np.ndarray:
         weights: η_k, shape [K].
 
     Returns:
-        Shape [n, K], float64, >= 0. The sum over axis 1 is the self-influence.
+        Shape [n, K, L], float64, >= 0. The sum over axes 1 and 2 is the self-influence.
 
     Reference:
         Pruthi et al. (2020), section 5 (self-influence for mislabelled examples).
     """
-    return squared_gradient_norms(block) * weights
+    return squared_gradient_norms(block) * weights[:, None]
 
 
 def squared_gradient_norms(block: FactorBlock) -> np.ndarray:
-    """Returns ‖∇ℓ(w_k, z)‖² over the block's layers, shape [n, K], float64."""
-    norms = np.zeros((len(block), len(block.gradients)))
-    for k, layer, _ in _layer_pairs(block, block):
-        norms[:, k] += squared_norms(layer)
+    """Returns ‖∇ℓ(w_k, z)‖² of each of the block's L layers, shape [n, K, L], float64."""
+    norms = np.empty((len(block), len(block.gradients), len(block.layer_names)))
+    for k, i, layer, _ in _layer_pairs(block, block):
+        norms[:, k, i] = squared_norms(layer)
     return norms
 
 
@@ -139,19 +140,21 @@ def rounding_bound(block: FactorBlock, queries: FactorBlock, weights: np.ndarray
 def _absolute_norms(block: FactorBlock) -> np.ndarray:
     """Returns what bounds the terms of a product of gradients, shape [n, K], float64."""
     squares = np.zeros((len(block), len(block.gradients)))
-    for k, layer, _ in _layer_pairs(block, block):
+    for k, _, layer, _ in _layer_pairs(block, block):
         squares[:, k] += absolute_norms(layer) ** 2
     return np.sqrt(squares)
 
 
 def _layer_pairs(
     block: FactorBlock, queries: FactorBlock
-) -> Iterator[tuple[int, LayerFactors, LayerFactors]]:
+) -> Iterator[tuple[int, int, LayerFactors, LayerFactors]]:
+    """Yields checkpoint, layer, and the two blocks' factors for them."""
     for k, (gradient, query_gradient) in enumerate(
         zip(block.gradients, queries.gradients, strict=True)
     ):
-        for layer, query_layer in zip(gradient.layers, query_gradient.layers, strict=True):
-            yield k, layer, query_layer
+        pairs = zip(gradient.layers, query_gradient.layers, strict=True)
+        for i, (layer, query_layer) in enumerate(pairs):
+            yield k, i, layer, query_layer
 
 
 def _check_same_series(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> None:
@@ -166,7 +169,9 @@ def _check_same_series(block: FactorBlock, queries: FactorBlock, weights: np.nda
             f"{len(block.gradients)} checkpoints"
         )
     for gradient, query_gradient in zip(block.gradients, queries.gradients, strict=True):
-        names = [(layer.name, layer.has_bias) for layer in gradient.layers]
-        query_names = [(layer.name, layer.has_bias) for layer in query_gradient.layers]
-        if names != query_names:
-            raise ValueError(f"layers differ: {names} vs {query_names}")
+        layers, query_layers = (
+            [(layer.name, layer.has_bias, layer.groups, layer.is_one_hot) for layer in side.layers]
+            for side in (gradient, query_gradient)
+        )
+        if layers != query_layers:
+            raise ValueError(f"layers differ: {layers} vs {query_layers}")

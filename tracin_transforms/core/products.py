@@ -6,8 +6,10 @@ many, as to the tokens of a text) the gradient of a layer is G = Σ_p e_p h_pᵀ
 
     ⟨G, G'⟩ = Σ_p Σ_q (e_p·e'_q)(h_p·h'_q + 1)
 
-where the 1 belongs to the bias. It is computed in this form, or from the materialised gradients,
-whichever takes fewer multiplications.
+where the 1 belongs to the bias. It is computed in this form, or from the gradients themselves,
+some rows of G at a time, whichever takes fewer multiplications. Where activations are one-hot, as
+those of an embedding, h_p·h'_q is 1 for equal indices and else 0. Groups are layers of their own,
+whose products add up.
 """
 
 import math
@@ -31,18 +33,13 @@ def all_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
     Returns:
         Shape [n, q], float32.
     """
-    if layer.positions == other.positions == 1:
-        products = _flat(layer.activations) @ _flat(other.activations).T
-        if layer.has_bias:
-            products += 1
-        products *= _flat(layer.error_signals) @ _flat(other.error_signals).T
-        return products
-    if _gram_is_cheaper(layer, other):
-        return _gram_products(layer, other)
-    gradients = materialised(other)
-    rows = _rows_that_fit(gradients[0].nbytes)
-    found = [materialised(layer.rows(piece)) @ gradients.T for piece in _pieces(len(layer), rows)]
-    return np.concatenate(found)
+    if layer.is_one_hot:
+        return _products_by_index(layer, other)
+    pairs = zip(layer.by_group(), other.by_group(), strict=True)
+    first, *more = (_dense_products(a, b) for a, b in pairs)
+    for products in more:
+        first += products
+    return first
 
 
 def pair_products(
@@ -62,15 +59,9 @@ def pair_products(
     numbers += 2 * layer.positions * other.positions
     found = [np.empty(0)]
     for piece in _pieces(len(rows), _rows_that_fit(8 * numbers)):
-        e, f = (
-            part.error_signals[at[piece]].astype(np.float64)
-            for part, at in ((layer, rows), (other, other_rows))
-        )
-        h, g = (
-            part.activations[at[piece]].astype(np.float64)
-            for part, at in ((layer, rows), (other, other_rows))
-        )
-        found.append(_one_by_one(e, f, h, g, layer.has_bias))
+        mine, theirs = layer.rows(rows[piece]), other.rows(other_rows[piece])
+        pairs = zip(mine.by_group(), theirs.by_group(), strict=True)
+        found.append(sum(_one_by_one(a, b) for a, b in pairs))
     return np.concatenate(found)
 
 
@@ -81,56 +72,153 @@ def squared_norms(layer: LayerFactors) -> np.ndarray:
 
 
 def absolute_norms(layer: LayerFactors) -> np.ndarray:
-    """Returns Σ_p ‖e_p‖ ‖h_p‖, at least ‖G_i‖, for each example, shape [n], float64.
+    """Returns what bounds the terms of a product, at least ‖G_i‖, shape [n], float64.
 
-    It bounds what is added up in a product, as ‖G‖ does not where positions cancel each other.
+    That is Σ_p ‖e_p‖ ‖h_p‖ over positions and groups; ‖G‖ does not bound what is added up where
+    positions cancel each other.
     """
-    e = np.sqrt(np.square(layer.error_signals, dtype=np.float64).sum(axis=-1))
-    h = np.sqrt(np.square(layer.activations, dtype=np.float64).sum(axis=-1) + layer.has_bias)
-    return (e * h).sum(axis=1) if e.ndim == 2 else e * h
+    bounds = np.zeros(len(layer))
+    for group in layer.by_group():
+        e = np.sqrt(np.square(group.error_signals, dtype=np.float64).sum(axis=-1))
+        if group.is_one_hot:
+            terms = e
+        else:
+            squares = np.square(group.activations, dtype=np.float64).sum(axis=-1)
+            terms = e * np.sqrt(squares + group.has_bias)
+        bounds += terms.sum(axis=1) if terms.ndim == 2 else terms
+    return bounds
 
 
-def materialised(layer: LayerFactors) -> np.ndarray:
-    """Returns the gradients themselves, kernel and then bias, shape [n, C·d (+ C)], float32."""
-    e, h = _by_position(layer.error_signals), _by_position(layer.activations)
-    kernels = np.matmul(e.transpose(0, 2, 1), h).reshape(len(layer), -1)
-    return np.hstack([kernels, e.sum(axis=1)]) if layer.has_bias else kernels
+def gradient_sum(layer: LayerFactors, factors: np.ndarray, width: int) -> np.ndarray:
+    """Returns Σ_i f_i G_i as one row: the rows of each group's matrix, then the biases.
+
+    Args:
+        layer: Factors of n examples.
+        factors: f, shape [n].
+        width: d, the width of the activations; as indices, they do not tell it.
+
+    Returns:
+        Shape [C·d/G (+ C)], float64.
+    """
+    matrices, biases = [], []
+    for group in layer.by_group():
+        e = group.error_signals.reshape(len(group), group.positions, -1) * factors[:, None, None]
+        e = e.reshape(-1, e.shape[-1]).astype(np.float64)
+        if group.is_one_hot:
+            columns = np.zeros((width, e.shape[1]))
+            np.add.at(columns, group.activations.ravel(), e)
+            matrices.append(columns.T)
+        else:
+            matrices.append(e.T @ group.activations.reshape(len(e), -1))
+        biases.append(e.sum(axis=0) if group.has_bias else e[:0].ravel())
+    return np.concatenate([part.ravel() for part in (*matrices, *biases)])
 
 
-def _one_by_one(
-    e: np.ndarray, f: np.ndarray, h: np.ndarray, g: np.ndarray, has_bias: bool
-) -> np.ndarray:
-    if e.ndim == f.ndim == 2:
-        products = np.einsum("ij,ij->i", h, g) + has_bias
-        return products * np.einsum("ij,ij->i", e, f)
-    e, f, h, g = (_by_position(part) for part in (e, f, h, g))
-    signals, products = e @ f.transpose(0, 2, 1), h @ g.transpose(0, 2, 1)
-    return (signals * (products + has_bias)).sum(axis=(1, 2))
-
-
-def _gram_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
-    """All pairs of positions first, their sums then."""
-    f, g = (_by_position(part) for part in (other.error_signals, other.activations))
-    f, g = (part.reshape(-1, part.shape[-1]).T for part in (f, g))
-    rows = _rows_that_fit(2 * 4 * layer.positions * f.shape[1])
-    found = []
-    for piece in _pieces(len(layer), rows):
-        e, h = (_by_position(a[piece]) for a in (layer.error_signals, layer.activations))
-        products = h.reshape(-1, h.shape[-1]) @ g
+def _dense_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
+    if layer.positions == other.positions == 1:
+        products = _flat(layer.activations) @ _flat(other.activations).T
         if layer.has_bias:
             products += 1
-        products *= e.reshape(-1, e.shape[-1]) @ f
-        shape = (len(e), layer.positions, len(other), other.positions)
-        found.append(products.reshape(shape).sum(axis=(1, 3)))
-    return np.concatenate(found)
+        products *= _flat(layer.error_signals) @ _flat(other.error_signals).T
+        return products
+    if _position_pairs_are_cheaper(layer, other):
+        return _products_by_position_pairs(layer, other)
+    return _products_by_gradient_rows(layer, other)
 
 
-def _gram_is_cheaper(layer: LayerFactors, other: LayerFactors) -> bool:
+def _one_by_one(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
+    """Returns ⟨G_i, G'_i⟩ of each example i with its counterpart, shape [m], float64."""
+    e, f = layer.error_signals.astype(np.float64), other.error_signals.astype(np.float64)
+    h, g = layer.activations, other.activations
+    if not layer.is_one_hot:
+        h, g = h.astype(np.float64), g.astype(np.float64)
+    if e.ndim == f.ndim == 2:
+        products = h[:, 0] == g[:, 0] if layer.is_one_hot else np.einsum("ij,ij->i", h, g)
+        return np.einsum("ij,ij->i", e, f) * (products + layer.has_bias)
+    e, f, h, g = (_by_position(part) for part in (e, f, h, g))
+    g = g.transpose(0, 2, 1)
+    products = h == g if layer.is_one_hot else h @ g
+    result: np.ndarray = ((e @ f.transpose(0, 2, 1)) * (products + layer.has_bias)).sum(axis=(1, 2))
+    return result
+
+
+def _products_by_position_pairs(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
+    """All pairs of positions first, their sums then."""
+    found = np.empty((len(layer), len(other)), np.float32)
+    pair_bytes = 2 * 4 * layer.positions * other.positions
+    # A square of examples by examples at a time.
+    side = max(1, math.isqrt(_rows_that_fit(pair_bytes)))
+    for columns in _pieces(len(other), side):
+        f, g = (_by_position(part[columns]) for part in (other.error_signals, other.activations))
+        f, g = (part.reshape(-1, part.shape[-1]).T for part in (f, g))
+        for rows in _pieces(len(layer), _rows_that_fit(pair_bytes * min(side, len(other)))):
+            e, h = (_by_position(part[rows]) for part in (layer.error_signals, layer.activations))
+            products = h.reshape(-1, h.shape[-1]) @ g
+            if layer.has_bias:
+                products += 1
+            products *= e.reshape(-1, e.shape[-1]) @ f
+            shape = (len(e), layer.positions, -1, other.positions)
+            found[rows, columns] = products.reshape(shape).sum(axis=(1, 3))
+    return found
+
+
+def _products_by_gradient_rows(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
+    """Some rows of all gradients at a time, materialised, so that all of them need not fit."""
+    e, f = _by_position(layer.error_signals), _by_position(other.error_signals)
+    h, g = _by_position(layer.activations), _by_position(other.activations)
+    total = np.zeros((len(layer), len(other)), np.float32)
+    if layer.has_bias:
+        total += e.sum(axis=1) @ f.sum(axis=1).T
+    row_bytes = 4 * h.shape[-1] * (len(layer) + len(other))
+    for rows in _pieces(e.shape[-1], _rows_that_fit(row_bytes)):
+        total += _gradient_rows(e, h, rows) @ _gradient_rows(f, g, rows).T
+    return total
+
+
+def _gradient_rows(e: np.ndarray, h: np.ndarray, rows: slice) -> np.ndarray:
+    """Returns some rows of each example's Σ_p e_p h_pᵀ, one after the other."""
+    found = np.matmul(e[:, :, rows].transpose(0, 2, 1), h)
+    return found.reshape(len(found), found.shape[1] * found.shape[2])
+
+
+def _products_by_index(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
+    """For one-hot activations: only rows of equal index meet."""
+    total = np.zeros((len(layer), len(other)), np.float32)
+    mine, theirs = _by_index(layer), _by_index(other)
+    for index in sorted(mine.keys() & theirs.keys()):
+        (rows, e), (columns, f) = mine[index], theirs[index]
+        total[np.ix_(rows, columns)] += e @ f.T
+    return total
+
+
+def _by_index(layer: LayerFactors) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Returns for each index the examples that have it, and the sums of their error signals."""
+    n, positions = len(layer), layer.positions
+    if not n * positions:
+        return {}
+    indices = layer.activations.reshape(-1).astype(np.int64)
+    examples = np.repeat(np.arange(n), positions)
+    order = np.lexsort((examples, indices))
+    indices, examples = indices[order], examples[order]
+    signals = layer.error_signals.reshape(n * positions, -1)[order]
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (indices[1:] != indices[:-1]) | (examples[1:] != examples[:-1])
+    starts = np.flatnonzero(is_first)
+    sums = np.add.reduceat(signals, starts, axis=0)
+    found, edges = np.unique(indices[starts], return_index=True)
+    ends = np.append(edges[1:], len(starts))
+    return {
+        int(index): (examples[starts[a:b]], sums[a:b])
+        for index, a, b in zip(found, edges, ends, strict=True)
+    }
+
+
+def _position_pairs_are_cheaper(layer: LayerFactors, other: LayerFactors) -> bool:
     """Compares the multiplications of the two orders."""
     n, q, p, r = len(layer), len(other), layer.positions, other.positions
     outputs, width = layer.error_signals.shape[-1], layer.activations.shape[-1]
-    gram = n * p * q * r * (outputs + width)
-    return gram < (n * p + q * r + n * q) * outputs * (width + layer.has_bias)
+    by_pairs = n * p * q * r * (outputs + width)
+    return by_pairs < (n * p + q * r + n * q) * outputs * (width + layer.has_bias)
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

@@ -24,14 +24,14 @@ class InfluenceRows:
         example_ids: Shape [m], unicode.
         labels: Shape [m, ...], as in `FactorBlock`.
         predictions: Shape [m, ...].
-        per_checkpoint: Each checkpoint's part of the influence, shape [m, K], float64.
+        parts: Each checkpoint's and layer's part of the influence, shape [m, K, L], float64.
     """
 
     query_rows: np.ndarray
     example_ids: np.ndarray
     labels: np.ndarray
     predictions: np.ndarray
-    per_checkpoint: np.ndarray
+    parts: np.ndarray
 
     @classmethod
     def empty(cls, queries: FactorBlock) -> "InfluenceRows":
@@ -41,7 +41,7 @@ class InfluenceRows:
             example_ids=np.empty(0, dtype="U1"),
             labels=queries.labels[:0],
             predictions=queries.predictions[:0],
-            per_checkpoint=np.empty((0, len(queries.gradients))),
+            parts=np.empty((0, len(queries.gradients), len(queries.layer_names))),
         )
 
     def __len__(self) -> int:
@@ -49,8 +49,8 @@ class InfluenceRows:
 
     @property
     def influence(self) -> np.ndarray:
-        """The influence, summed over checkpoints, shape [m], float64."""
-        return self.per_checkpoint.sum(axis=1)
+        """The influence, summed over checkpoints and layers, shape [m], float64."""
+        return self.parts.sum(axis=(1, 2))
 
     def take(self, selection: np.ndarray) -> "InfluenceRows":
         """Returns the selected rows, in the order of the selection."""
@@ -125,7 +125,7 @@ def merge_block(
             example_ids=block.example_ids[rows],
             labels=block.labels[rows],
             predictions=block.predictions[rows],
-            per_checkpoint=pair_influence(block, queries, weights, rows, columns),
+            parts=pair_influence(block, queries, weights, rows, columns),
         )
         ends.append(_strongest(known, found, best.k, sign))
     return TopInfluences(best.query_ids, best.k, *ends)

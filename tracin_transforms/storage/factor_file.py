@@ -21,6 +21,7 @@ def write_factor_block(path: Path, block: FactorBlock) -> None:
         # Shape [K, layers]: Keras may name the same layer otherwise in another session.
         "layer_names": np.array([[layer.name for layer in g.layers] for g in block.gradients]),
         "has_bias": np.array([[layer.has_bias for layer in g.layers] for g in block.gradients]),
+        "groups": np.array([[layer.groups for layer in g.layers] for g in block.gradients]),
     }
     for k, gradient in enumerate(block.gradients):
         for i, layer in enumerate(gradient.layers):
@@ -33,7 +34,7 @@ def write_factor_block(path: Path, block: FactorBlock) -> None:
 def read_factor_block(path: Path) -> FactorBlock:
     """Returns the block that `write_factor_block` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
-        names, has_bias = arrays["layer_names"], arrays["has_bias"]
+        names, has_bias, groups = (arrays[name] for name in ("layer_names", "has_bias", "groups"))
         return FactorBlock(
             shard=str(arrays["shard"]),
             start=int(arrays["start"]),
@@ -50,6 +51,7 @@ def read_factor_block(path: Path) -> FactorBlock:
                             activations=arrays[f"activations_{k}_{i}"],
                             error_signals=arrays[f"error_signals_{k}_{i}"],
                             has_bias=bool(has_bias[k, i]),
+                            groups=int(groups[k, i]),
                         )
                         for i in range(names.shape[1])
                     ),

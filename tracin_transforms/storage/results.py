@@ -1,5 +1,6 @@
 """Results in Parquet: self-influence rankings, and proponents and opponents of queries."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tracin_transforms.storage.files import written_atomically
 _ROWS_PER_FILE = 1_000_000
 
 
-def write_scores(directory: Path, block: FactorBlock, per_checkpoint: np.ndarray) -> Path:
+def write_scores(directory: Path, block: FactorBlock, parts: np.ndarray) -> Path:
     """Writes the self-influence of a block's rows, unranked, to the block's own file.
 
     The name follows from shard and start, so work that is repeated overwrites its own file.
@@ -23,7 +24,7 @@ def write_scores(directory: Path, block: FactorBlock, per_checkpoint: np.ndarray
     Args:
         directory: Where the scores of all blocks are gathered.
         block: The scored examples.
-        per_checkpoint: What `core.influence.self_influence` returned, shape [n, K].
+        parts: What `core.influence.self_influence` returned, shape [n, K, L].
 
     Returns:
         The file.
@@ -33,8 +34,8 @@ def write_scores(directory: Path, block: FactorBlock, per_checkpoint: np.ndarray
         "label": _column(block.labels),
         "prediction": _column(block.predictions),
         "loss": _column(block.losses[:, -1]),
-        "self_influence": _column(per_checkpoint.sum(axis=1)),
-        "per_checkpoint": _column(per_checkpoint),
+        "self_influence": _column(parts.sum(axis=(1, 2))),
+        **_part_columns(parts, block.layer_names),
     }
     path = directory / f"scores-{block.shard}-{block.start:012d}.parquet"
     with written_atomically(path) as temporary:
@@ -113,9 +114,18 @@ def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) 
             "label": _column(rows.labels),
             "prediction": _column(rows.predictions),
             "influence": _column(rows.influence),
-            "per_checkpoint": _column(rows.per_checkpoint),
+            **_part_columns(rows.parts, queries.layer_names),
         }
     )
+
+
+def _part_columns(parts: np.ndarray, layers: Sequence[str]) -> dict[str, pa.Array]:
+    """Returns what each checkpoint and, where there are several, each layer contributes."""
+    columns = {"per_checkpoint": _column(parts.sum(axis=2))}
+    if len(layers) > 1:
+        per_layer = [_column(part) for part in parts.sum(axis=1).T]
+        columns["per_layer"] = pa.StructArray.from_arrays(per_layer, names=list(layers))
+    return columns
 
 
 def _column(values: np.ndarray) -> pa.Array:

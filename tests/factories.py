@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
-from tracin_transforms.core.losses import softmax_cross_entropy, target_rows
+from tracin_transforms.core.losses import softmax_cross_entropy
 from tracin_transforms.core.protocols import ExampleBatch, Shard
+from tracin_transforms.core.targets import target_rows
 
 CLASSES, WIDTH, CHECKPOINTS = 4, 6, 3
 WEIGHTS = np.array([0.5, 0.2, 0.1])

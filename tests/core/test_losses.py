@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.losses import (
-    LOSSES,
+from tracin_transforms.core.losses import LOSSES, binary_crossentropy, softmax_cross_entropy
+from tracin_transforms.core.targets import (
     RowError,
-    binary_crossentropy,
     readable_predictions,
     readable_targets,
-    softmax_cross_entropy,
     target_rows,
 )
 

@@ -3,15 +3,12 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tests.models.conftest import batch_of, save_series
+from tests.models.reference import assert_factors, example_gradients, load_model
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.products import materialised
 from tracin_transforms.models.extractor import KerasFactorExtractor
 from tracin_transforms.models.layers import all_layers, candidate_layers
-from tracin_transforms.models.loading import load_model
-from tracin_transforms.models.precision import widen
 
 layers = keras.layers
 CLASSES = 3
@@ -128,21 +125,13 @@ def _batch(n=10):
     return batch_of(inputs, rng.integers(0, CLASSES, n))
 
 
-def _expected(model, name, batch):
-    """Each example's gradient of a layer's kernel, transposed, and bias, in one row."""
-    layer = next(layer for layer in all_layers(model) if layer.name == name)
-    variables = [layer.kernel.value, *([layer.bias.value] if layer.use_bias else [])]
-    rows = []
-    for row in range(len(batch)):
-        with tf.GradientTape() as tape:
-            outputs = model(batch.inputs[row : row + 1])
-            losses = keras.losses.sparse_categorical_crossentropy(
-                batch.targets[row : row + 1], outputs, from_logits=True
-            )
-            loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, variables)
-        rows.append(np.concatenate([gradient.numpy().T.ravel() for gradient in gradients]))
-    return np.array(rows)
+def _assert_dense_factors(found, exact, batch):
+    layer = next(layer for layer in all_layers(exact) if layer.name == found.name)
+    kernel, *bias = example_gradients(exact, batch, layer.trainable_variables)
+    # Attention's layers to heads and back have more axes: the contracted ones come first.
+    contracted = 2 if layer.name == "attention_output" else 1
+    kernel = kernel.reshape(len(kernel), np.prod(kernel.shape[1 : 1 + contracted]), -1)
+    assert_factors(found, kernel.transpose(0, 2, 1), *bias)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -152,13 +141,12 @@ def test_factors_equal_float64_automatic_differentiation(tmp_path, make, choice,
     series, batch = save_series(tmp_path, [make(bias), make(bias)]), _batch()
     block = KerasFactorExtractor(series, choice, batch_size=4).load().extract(batch)
     for checkpoint, gradient in zip(series.checkpoints, block.gradients, strict=True):
-        exact = load_model(checkpoint)
-        widen(exact)
-        dense = [layer for layer in all_layers(exact) if type(layer) is layers.Dense]
+        exact = load_model(checkpoint, exact=True)
+        kinds = (layers.Dense, layers.EinsumDense)
+        dense = [layer for layer in all_layers(exact) if isinstance(layer, kinds)]
         assert len(gradient.layers) == (1 if choice == "last" else len(dense))
         for layer in gradient.layers:
-            expected = _expected(exact, layer.name, batch)
-            assert np.abs(materialised(layer) - expected).max() < 1e-5 * np.abs(expected).max()
+            _assert_dense_factors(layer, exact, batch)
 
 
 def test_the_smaller_form_is_kept(tmp_path):
@@ -194,13 +182,11 @@ def test_a_loss_at_every_position(tmp_path):
     rng = np.random.default_rng(1)
     batch = batch_of(_batch().inputs, rng.integers(0, CLASSES, (10, 4)))
     block = KerasFactorExtractor(series, "all-dense").load().extract(batch)
-    exact = load_model(series.checkpoints[0])
-    widen(exact)
+    exact = load_model(series.checkpoints[0], exact=True)
     assert block.labels.tolist() == batch.targets.tolist()
     assert block.predictions.shape == (10, 4)
     for layer in block.gradients[0].layers:
-        expected = _expected(exact, layer.name, batch)
-        assert np.abs(materialised(layer) - expected).max() < 1e-5 * np.abs(expected).max()
+        _assert_dense_factors(layer, exact, batch)
 
 
 def test_inputs_of_any_length(tmp_path):
@@ -208,15 +194,13 @@ def test_inputs_of_any_length(tmp_path):
     x = layers.GlobalAveragePooling1D()(layers.Dense(5, "relu")(source))
     series = save_series(tmp_path, [keras.Model(source, layers.Dense(CLASSES)(x))])
     loaded = KerasFactorExtractor(series, "all-dense").load()
-    exact = load_model(series.checkpoints[0])
-    widen(exact)
+    exact = load_model(series.checkpoints[0], exact=True)
     for length in (4, 2):
         batch = _batch()
         inputs = batch.inputs.reshape(10, 4, 2)[:, :length]
         batch = batch_of(np.ascontiguousarray(inputs), batch.targets)
         for layer in loaded.extract(batch).gradients[0].layers:
-            expected = _expected(exact, layer.name, batch)
-            assert np.abs(materialised(layer) - expected).max() < 1e-5 * np.abs(expected).max()
+            _assert_dense_factors(layer, exact, batch)
 
 
 def test_named_and_frozen_layers():
@@ -232,10 +216,10 @@ def test_named_and_frozen_layers():
     assert sorted(names) == ["second", "third"]
     assert [layer.name for layer in candidate_layers(model, "first,third")] == ["first", "third"]
     assert [layer.name for layer in candidate_layers(model, "first, first")] == ["first"]
-    with pytest.raises(InputError, match="0 Dense layers are called 'fourth': expected one of"):
+    with pytest.raises(InputError, match="0 layers are called 'fourth': expected one of"):
         candidate_layers(model, "first,fourth")
     model.trainable = False
-    with pytest.raises(InputError, match="all Dense layers are frozen"):
+    with pytest.raises(InputError, match="all Dense or EinsumDense layers are frozen"):
         candidate_layers(model, "all-dense")
 
 

@@ -7,13 +7,13 @@ import tensorflow as tf
 
 from tests.core.test_losses import ALL, random_case
 from tests.models.conftest import batch_of
+from tests.models.reference import load_model
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.losses import LOSSES, target_rows
+from tracin_transforms.core.losses import LOSSES
+from tracin_transforms.core.targets import target_rows
 from tracin_transforms.models.extractor import KerasFactorExtractor
-from tracin_transforms.models.factor_function import FactorFunction
-from tracin_transforms.models.loading import load_model
-from tracin_transforms.models.precision import widen
+from tracin_transforms.models.factor_function import FactorFunction, Targets
 from tracin_transforms.models.training_loss import (
     TrainingLoss,
     loss_of_model,
@@ -94,8 +94,7 @@ def _difference(series, batch, exact, options, float64):
 @pytest.mark.parametrize(("name", "end", "from_logits"), list(_cases()))
 def test_factors_equal_float64_automatic_differentiation(tmp_path, name, end, from_logits, bias):
     series = _save(_model(end, bias), tmp_path, name, from_logits)
-    exact = load_model(series.checkpoints[0])
-    widen(exact)
+    exact = load_model(series.checkpoints[0], exact=True)
     options = {} if from_logits is None else {"from_logits": from_logits}
     for float64, tolerance in ((False, 1e-5), (True, 2e-7)):
         assert _difference(series, _batch(name), exact, options, float64) < tolerance
@@ -120,7 +119,11 @@ def test_factors_of_mixed_precision_are_exact_from_the_loss_on(name):
     end = ENDS.get(name, ["linear"])[0]
     batch = _batch(name)
     targets = target_rows(LOSSES[name].targets, batch.targets, (len(batch), 5))
-    found = FactorFunction(_model(end, True, "mixed_bfloat16"), loss, "m")(batch.inputs, targets, 7)
+    model = _model(end, True, "mixed_bfloat16")
+    values = [variable.value for variable in model.variables]
+    found = FactorFunction(model, loss, "m")(
+        values, batch.inputs, Targets(batch.targets, targets, np.ones(len(batch))), 7
+    )
     outputs = tf.constant(found.loss_inputs)
     with tf.GradientTape() as tape:
         tape.watch(outputs)
@@ -167,8 +170,7 @@ def test_options_are_recorded_and_used(tmp_path, loss, name, from_logits, option
     assert (found.name, found.from_logits, found.options) == (name, from_logits, options)
 
     series = _save(model, tmp_path, found.name, found.from_logits, found.options)
-    exact = load_model(series.checkpoints[0])
-    widen(exact)
+    exact = load_model(series.checkpoints[0], exact=True)
     all_options = options | ({} if from_logits is None else {"from_logits": from_logits})
     assert _difference(series, _batch(name), exact, all_options, False) < 1e-5
 

@@ -23,6 +23,7 @@ class Checkpoint:
         step: Number of optimizer steps taken so far.
         epoch: Number of finished epochs, or None.
         loss: Mean training loss that was reported for the epoch, or None.
+        validation_loss: Mean loss on validation data, where there are any, or None.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Checkpoint:
     step: int
     epoch: int | None = None
     loss: float | None = None
+    validation_loss: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -60,6 +62,9 @@ class CheckpointSeries:
         loss_options: The loss's other options, such as ``{"label_smoothing": 0.1}``; JSON values.
         batch_size: Examples per optimizer step, or None if unknown.
         optimizer: Name of the optimizer, or None if unknown.
+        output: Name of the model's output that the loss is taken of, where it has several.
+        class_weights: What losses are multiplied with, by class; 1 for classes that are not in it.
+        model: A ``.keras`` file with the network, where the checkpoints hold weights alone.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -68,6 +73,9 @@ class CheckpointSeries:
     batch_size: int | None = None
     optimizer: str | None = None
     loss_options: Mapping[str, Any] = field(default_factory=dict)
+    output: str | None = None
+    class_weights: Mapping[int, float] = field(default_factory=dict)
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
@@ -85,12 +93,24 @@ class CheckpointSeries:
                     f"checkpoint {after.id!r} has step {after.step}, after {before.id!r} with "
                     f"{before.step}: expected the order of training"
                 )
+        self._check_loss()
+        for name in ("output", "model"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InputError(f"{name!r} is {getattr(self, name)!r:.60}, expected a string")
+
+    def _check_loss(self) -> None:
         if not isinstance(self.loss, str) or not self.loss:
             raise InputError(f"'loss' is {self.loss!r}, expected the Keras name of a loss")
         if self.from_logits is not None and not isinstance(self.from_logits, bool):
             raise InputError(f"'from_logits' is {self.from_logits!r}, expected true, false or null")
         if not isinstance(self.loss_options, Mapping):
             raise InputError(f"'loss_options' is {self.loss_options!r:.60}, expected an object")
+        for index, weight in self.class_weights.items():
+            if not isinstance(index, int) or not _is_rate(weight):
+                raise InputError(
+                    f"'class_weights' has {index!r}: {weight!r}, expected a finite number >= 0 for "
+                    "each class index"
+                )
 
     def weights(self, kind: str) -> np.ndarray:
         """Returns the weight of each checkpoint in the sum over checkpoints, shape [K], float64.
@@ -152,7 +172,20 @@ def series_from_json(document: Any) -> CheckpointSeries:
         batch_size=document.get("batch_size"),
         optimizer=document.get("optimizer"),
         loss_options=document.get("loss_options", {}),
+        output=document.get("output"),
+        class_weights=_class_weights(document.get("class_weights", {})),
+        model=document.get("model"),
     )
+
+
+def _class_weights(document: Any) -> dict[int, float]:
+    """Returns class weights with the class indices as numbers, which JSON has as strings."""
+    try:
+        return {int(index): weight for index, weight in document.items()}
+    except (AttributeError, ValueError) as error:
+        raise InputError(
+            f"'class_weights' is {document!r:.60}, expected an object of class indices and weights"
+        ) from error
 
 
 def _checkpoint_from_json(entry: Any, index: int) -> Checkpoint:
@@ -168,6 +201,7 @@ def _checkpoint_from_json(entry: Any, index: int) -> Checkpoint:
         step=entry["step"],
         epoch=entry.get("epoch"),
         loss=entry.get("loss"),
+        validation_loss=entry.get("validation_loss"),
     )
 
 

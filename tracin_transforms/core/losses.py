@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tracin_transforms.core.errors import InputError
-
 # What Keras adds to, or clips, probabilities with.
 _EPSILON = 1e-7
 
@@ -29,7 +27,8 @@ class LossFormula:
             [..., C] and t of the same shape, both floating; returns the losses, shape [...], and
             the error signals ∂loss/∂y, shape [..., C].
         targets: What the targets are: ``index`` (a class index), ``distribution`` (a row over
-            the classes, such as a one-hot row), ``binary`` (0 or 1 for each output) or ``value``.
+            the classes, such as a one-hot row), ``class`` (either of both), ``binary`` (0 or 1 for
+            each output) or ``value``.
         end: Activation at the end of a model that gives the loss probabilities, ``softmax`` or
             ``sigmoid``; the formula takes its input, the logits. None: it takes the outputs.
     """
@@ -156,6 +155,40 @@ def categorical_hinge(xp: Any, y: Any, t: Any) -> Arrays:
     return xp.maximum(margin, 0.0)[..., 0], signal
 
 
+def margin(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = -log(p_t / (1 − p_t))`` with p = softmax(y): the margin of the label, negated.
+
+    For a query whose loss is long flat: ``∂loss/∂y_j = p_j / (1 − p_t)``, −1 for the label.
+    """
+    rivals = xp.where(xp.equal(t, 1.0), xp.full_like(y, -np.inf), y)
+    highest = xp.max(rivals, axis=-1, keepdims=True)
+    exponentials = xp.exp(rivals - highest)
+    total = xp.sum(exponentials, axis=-1, keepdims=True)
+    losses = (highest + xp.log(total))[..., 0] - xp.sum(t * y, axis=-1)
+    return losses, exponentials / total - t
+
+
+def binary_margin(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = mean_c (1 − 2 t) y``, the margin log(p / (1 − p)) of the label, negated."""
+    signs = 1 - 2 * t
+    return xp.mean(signs * y, axis=-1), signs / y.shape[-1]
+
+
+def logit(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = -y_t``, the label's logit, negated."""
+    return -xp.sum(t * y, axis=-1), -t
+
+
+def entropy(xp: Any, y: Any, t: Any) -> Arrays:
+    """``loss = H = -Σ_c p_c log p_c`` with p = softmax(y), for queries without a label.
+
+    ``∂H/∂y = −p (log p + H)``.
+    """
+    p, _, log_p = _softmax(xp, y)
+    found = -xp.sum(p * log_p, axis=-1, keepdims=True)
+    return found[..., 0], -p * (log_p + found)
+
+
 def _smoothed(t: Any, label_smoothing: float, towards: float) -> Any:
     return t * (1 - label_smoothing) + label_smoothing * towards if label_smoothing else t
 
@@ -201,114 +234,10 @@ LOSSES: dict[str, LossFormula] = {
 }
 
 
-class RowError(InputError):
-    """One row of a batch is bad; whoever knows the ids names the example instead of the row."""
-
-    def __init__(self, row: int, problem: str) -> None:
-        super().__init__(row, problem)
-        self.row = row
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"row {self.row}: {self.problem}"
-
-
-def target_rows(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns targets in the form that formulas take: one number for each output.
-
-    Args:
-        kind: `LossFormula.targets`.
-        targets: As the examples have them: indices of shape [n], or rows.
-        shape: Of the outputs, [n, ..., C].
-
-    Returns:
-        Shape [n, ..., C], float64.
-
-    Raises:
-        InputError: The targets do not fit the outputs; RowError where it is one row.
-    """
-    targets = np.asarray(targets)
-    if targets.ndim == len(shape) and targets.shape[-1] == 1 and (kind == "index"):
-        targets = targets[..., 0]
-    if targets.ndim == len(shape) - 1 and shape[-1] == 1 and kind != "index":
-        targets = targets[..., None]
-    if kind == "index":
-        return _one_hot(targets, shape)
-    if targets.shape != shape:
-        hint = "; integer labels need sparse_categorical_crossentropy"
-        raise InputError(
-            f"labels have shape {targets.shape}, expected {shape}, as the model's outputs"
-            f"{hint if kind == 'distribution' and targets.ndim < len(shape) else ''}"
-        )
-    rows = targets.astype(np.float64)
-    _check_values(kind, rows)
-    return rows
-
-
-def _one_hot(targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    classes = shape[-1]
-    if targets.shape != shape[:-1] or targets.dtype.kind not in "iu":
-        raise InputError(
-            f"labels have shape {targets.shape} and dtype {targets.dtype}, expected integers of "
-            f"shape {shape[:-1]}; one-hot labels need categorical_crossentropy"
-        )
-    outside = (targets < 0) | (targets >= classes)
-    if outside.any():
-        at = tuple(np.argwhere(outside)[0])
-        raise RowError(
-            int(at[0]),
-            f"label {int(targets[at])} is out of range: the model has {classes} classes, "
-            f"expected 0 to {classes - 1}",
-        )
-    return (targets[..., None] == np.arange(classes)).astype(np.float64)
-
-
-def _check_values(kind: str, rows: np.ndarray) -> None:
-    if kind == "distribution":
-        good = (rows >= 0).all(axis=-1) & (np.abs(rows.sum(axis=-1) - 1) < 1e-3)
-        expected = "one-hot, nor probabilities that sum to 1"
-    elif kind == "binary":
-        good = ((rows >= -1) & (rows <= 1)).all(axis=-1)
-        expected = "0 or 1 for each output"
-    else:
-        good = np.isfinite(rows).all(axis=-1)
-        expected = "finite"
-    if not good.all():
-        at = tuple(np.argwhere(~good)[0])
-        raise RowError(int(at[0]), f"label {str(rows[at].tolist()):.80} is not {expected}")
-
-
-def readable_targets(kind: str, rows: np.ndarray) -> np.ndarray:
-    """Returns what a result shows as label: class indices, or the values.
-
-    Args:
-        kind: `LossFormula.targets`.
-        rows: What `target_rows` returned, shape [n, ..., C].
-
-    Returns:
-        Shape [n] or, with several numbers for an example, [n, m]; int32 for class indices and
-        for binary labels that are whole numbers, else float32.
-    """
-    if kind in ("index", "distribution"):
-        return _one_each(rows.argmax(axis=-1).astype(np.int32))
-    whole = kind == "binary" and (rows == np.round(rows)).all()
-    return _one_each(rows.astype(np.int32 if whole else np.float32))
-
-
-def readable_predictions(kind: str, y: np.ndarray) -> np.ndarray:
-    """Returns what a result shows as prediction, as `readable_targets` does for labels.
-
-    Args:
-        kind: `LossFormula.targets`.
-        y: What the formula takes, shape [n, ..., C].
-    """
-    if kind in ("index", "distribution"):
-        return _one_each(y.argmax(axis=-1).astype(np.int32))
-    if kind == "binary":
-        return _one_each((y > 0).astype(np.int32))
-    return _one_each(y.astype(np.float32))
-
-
-def _one_each(values: np.ndarray) -> np.ndarray:
-    flat = values.reshape(len(values), -1)
-    return flat[:, 0] if flat.shape[1] == 1 else flat
+# What a query may be asked about instead of its training loss; Keras has no such losses.
+QUERY_LOSSES: dict[str, LossFormula] = {
+    "margin": LossFormula(margin, "class", "softmax"),
+    "binary_margin": LossFormula(binary_margin, "binary", "sigmoid"),
+    "logit": LossFormula(logit, "class", "softmax"),
+    "entropy": LossFormula(entropy, "class", "softmax"),
+}

@@ -60,8 +60,8 @@ def pair_products(
     found = [np.empty(0)]
     for piece in _pieces(len(rows), _rows_that_fit(8 * numbers)):
         mine, theirs = layer.rows(rows[piece]), other.rows(other_rows[piece])
-        pairs = zip(mine.by_group(), theirs.by_group(), strict=True)
-        found.append(sum(_one_by_one(a, b) for a, b in pairs))
+        groups = zip(mine.by_group(), theirs.by_group(), strict=True)
+        found.append(np.sum([_one_by_one(a, b) for a, b in groups], axis=0))
     return np.concatenate(found)
 
 

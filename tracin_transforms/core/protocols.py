@@ -4,13 +4,16 @@ Sources and extractors are small, picklable descriptions; what is large (arrays,
 into being where it is used.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock
+
+# What a model takes: an array of shape [n, ...], or several by name.
+Inputs = np.ndarray | Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,38 @@ class ExampleBatch:
         shard: Name of the shard.
         start: Index of the first example within the shard.
         example_ids: Shape [n], unicode.
-        inputs: What the model takes, shape [n, ...].
+        inputs: What the model takes.
         targets: What the loss takes, shape [n] or [n, C].
+        sample_weights: What each example's loss is multiplied with, shape [n], or None for 1.
     """
 
     shard: str
     start: int
     example_ids: np.ndarray
-    inputs: np.ndarray
+    inputs: Inputs
     targets: np.ndarray
+    sample_weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.example_ids)
+
+    def rows(self, selection: slice | np.ndarray) -> "ExampleBatch":
+        """Returns the selected examples; `start` stays that of the whole batch."""
+        weights = self.sample_weights
+        return replace(
+            self,
+            example_ids=self.example_ids[selection],
+            inputs=input_rows(self.inputs, selection),
+            targets=self.targets[selection],
+            sample_weights=None if weights is None else weights[selection],
+        )
+
+
+def input_rows(inputs: Inputs, selection: slice | np.ndarray) -> Inputs:
+    """Returns the inputs of the selected examples."""
+    if isinstance(inputs, Mapping):
+        return {name: array[selection] for name, array in inputs.items()}
+    return inputs[selection]
 
 
 class ExampleSource(Protocol):

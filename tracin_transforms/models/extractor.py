@@ -1,26 +1,29 @@
-"""Gradient factors of a Keras model's dense layers, at every checkpoint of a run."""
+"""Gradient factors of a Keras model's layers, at every checkpoint of a run."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import keras
 import numpy as np
 
-from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
+from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, check_finite
-from tracin_transforms.core.losses import (
-    LOSSES,
+from tracin_transforms.core.losses import LOSSES, QUERY_LOSSES
+from tracin_transforms.core.protocols import ExampleBatch
+from tracin_transforms.core.targets import (
     RowError,
     readable_predictions,
     readable_targets,
     target_rows,
+    weights_of_classes,
 )
-from tracin_transforms.core.protocols import ExampleBatch
-from tracin_transforms.models.factor_function import FactorFunction
+from tracin_transforms.models.factor_function import ExampleFactors, FactorFunction, Targets
 from tracin_transforms.models.gradient_check import check_gradients
 from tracin_transforms.models.layers import LAST
-from tracin_transforms.models.loading import load_model
-from tracin_transforms.models.precision import can_be_widened, widen, widen_head
+from tracin_transforms.models.loading import LoadedCheckpoint, ModelLoading, load_checkpoints
+from tracin_transforms.models.precision import can_be_widened, widen_head
 from tracin_transforms.models.training_loss import TrainingLoss, loss_of_series
 
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
@@ -35,27 +38,29 @@ class KerasFactorExtractor:
     """Describes the extraction of gradient factors.
 
     Attributes:
-        series: The run's checkpoints, ``.keras`` files.
-        layers: Which layers: ``last``, ``all-dense``, or names separated by commas, see
+        series: The run's checkpoints.
+        layers: Which layers: ``last``, ``all-dense``, ``all``, or names separated by commas, see
             `layers.candidate_layers`.
         batch_size: Examples per call of the compiled model.
         float64: Compute the whole models in float64, where they can, instead of the head alone.
             For queries: they are few, and a well fitted query's gradient is no more exact than
             its logits are, absolutely, so that in float32 it alone would limit what influences
             are good for.
+        loading: How to turn checkpoints into models.
     """
 
     series: CheckpointSeries
     layers: str = LAST
     batch_size: int = 512
     float64: bool = False
+    loading: ModelLoading = field(default_factory=ModelLoading)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"batch size is {self.batch_size}, expected at least 1")
 
     def load(self) -> "LoadedKerasExtractor":
-        """Returns the extractor with all K models in memory.
+        """Returns the extractor with all K checkpoints in memory.
 
         Raises:
             InputError: A checkpoint is not a model, or its model or loss is not supported.
@@ -64,18 +69,21 @@ class KerasFactorExtractor:
 
 
 class LoadedKerasExtractor:
-    """The K models of a run, compiled.
+    """The K checkpoints of a run, with their models compiled.
 
     The first batch is checked against automatic differentiation, see `check_gradients`.
     """
 
     def __init__(self, description: KerasFactorExtractor) -> None:
         self._description = description
+        self._checkpoints = self._load()
         self._loss = loss_of_series(description.series)
-        checkpoints = description.series.checkpoints
-        self._float64 = description.float64 and can_be_widened(load_model(checkpoints[0]))
-        self._functions = [self._load(checkpoint) for checkpoint in checkpoints]
-        # The others are checked with the first batch: compiling each twice would take seconds.
+        functions: dict[int, FactorFunction] = {}
+        for loaded in self._checkpoints:
+            if id(loaded.model) not in functions:
+                functions[id(loaded.model)] = self._function(loaded)
+        self._functions = [functions[id(loaded.model)] for loaded in self._checkpoints]
+        # Other networks are checked with the first batch: compiling each twice would take seconds.
         self._functions[0].check()
         # Settled here: a shard that is done again must be cut into the same blocks.
         self._numbers_per_example = self._functions[0].numbers_per_example
@@ -89,36 +97,40 @@ class LoadedKerasExtractor:
                 is not finite, or the factors differ from automatic differentiation.
         """
         _check_inputs_finite(batch)
-        shapes = [function.output_shape(batch.inputs) for function in self._functions]
+        shapes = [function.ends.output_shape(batch.inputs) for function in self._functions]
         if len(set(shapes)) > 1:
             raise InputError(
                 f"the checkpoints' models have outputs of different shapes: {sorted(set(shapes))}: "
                 "expected checkpoints of one training run"
             )
-        targets = _Targets(self._loss, batch, shapes[0])
+        kind = _kind_of_targets(self._loss, batch.targets, shapes[0])
+        targets = self._targets(batch, kind, shapes[0])
         size = self._description.batch_size
+
+        def run(at: tuple[FactorFunction, LoadedCheckpoint]) -> ExampleFactors:
+            function, loaded = at
+            return function(loaded.values, batch.inputs, targets, size)
+
         # Two checkpoints at a time: while one is in a part that keeps a single core busy, such as
         # a layer that does not split, the other has the rest of the machine.
         with ThreadPoolExecutor(max_workers=2) as pool:
-            found = list(
-                pool.map(lambda run: run(batch.inputs, targets.taken, size), self._functions)
-            )
-        ids = [checkpoint.id for checkpoint in self._description.series.checkpoints]
+            found = list(pool.map(run, zip(self._functions, self._checkpoints, strict=True)))
         block = check_finite(
             FactorBlock(
                 shard=batch.shard,
                 start=batch.start,
                 example_ids=batch.example_ids,
-                labels=targets.readable,
-                predictions=readable_predictions(targets.kind, found[-1].loss_inputs),
+                labels=readable_targets(kind, targets.rows),
+                predictions=readable_predictions(kind, found[-1].loss_inputs),
                 losses=np.stack([f.losses for f in found], axis=1).astype(np.float32),
                 gradients=tuple(
-                    GradientFactors(name, f.layers) for name, f in zip(ids, found, strict=True)
+                    GradientFactors(loaded.checkpoint.id, f.layers)
+                    for loaded, f in zip(self._checkpoints, found, strict=True)
                 ),
             )
         )
         if not self._checked:
-            self._check_gradients(batch, block)
+            self._check_gradients(batch, targets, block)
             self._checked = True
         return block
 
@@ -130,51 +142,70 @@ class LoadedKerasExtractor:
             return min(limit, _ROWS_OF_UNKNOWN_SIZE)
         return max(1, min(limit, _BLOCK_BYTES // (4 * numbers * len(self._functions))))
 
-    def _load(self, checkpoint: Checkpoint) -> FactorFunction:
-        model = load_model(checkpoint)
-        (widen if self._float64 else widen_head)(model)
-        what = f"checkpoint {checkpoint.id!r}: model {model.name!r}"
-        return FactorFunction(model, self._loss, what, self._description.layers)
+    def _load(self) -> list[LoadedCheckpoint]:
+        series, loading = self._description.series, self._description.loading
+        loaded = load_checkpoints(series, loading)
+        models: list[keras.Model] = list({id(at.model): at.model for at in loaded}.values())
+        if self._description.float64:
+            if all(can_be_widened(model) for model in models):
+                return loaded
+            # What was tried on them cannot be undone.
+            loaded = load_checkpoints(series, loading)
+            models = list({id(at.model): at.model for at in loaded}.values())
+        for model in models:
+            widen_head(model)
+        return loaded
 
-    def _check_gradients(self, batch: ExampleBatch, block: FactorBlock) -> None:
-        # A well fitted example has hardly a gradient and would pass with any formula.
-        worst = np.argsort(-block.losses.sum(axis=1), kind="stable")[:_CHECKED_EXAMPLES]
-        few = ExampleBatch(
-            shard=batch.shard,
-            start=batch.start,
-            example_ids=batch.example_ids[worst],
-            inputs=batch.inputs[worst],
-            targets=batch.targets[worst],
+    def _function(self, loaded: LoadedCheckpoint) -> FactorFunction:
+        what = f"checkpoint {loaded.checkpoint.id!r}: model {loaded.model.name!r}"
+        return FactorFunction(
+            loaded.model,
+            self._loss,
+            what,
+            self._description.layers,
+            self._description.series.output,
         )
-        for run, gradient in zip(self._functions, block.rows(worst).gradients, strict=True):
-            check_gradients(run, self._loss, few, gradient)
 
-
-class _Targets:
-    """A batch's targets, in the forms that the loss and the reader take."""
-
-    def __init__(self, loss: TrainingLoss, batch: ExampleBatch, shape: tuple[int, ...]) -> None:
-        known = LOSSES.get(loss.name)
-        is_index = batch.targets.ndim < len(shape) and batch.targets.dtype.kind in "iu"
-        self.kind = known.targets if known else "index" if is_index and shape[-1] > 1 else "value"
+    def _targets(self, batch: ExampleBatch, kind: str, shape: tuple[int, ...]) -> Targets:
         try:
-            rows = target_rows(self.kind, batch.targets, shape)
+            rows = target_rows(kind, batch.targets, (len(batch), *shape))
         except RowError as error:
             example = str(batch.example_ids[error.row])
             raise InputError(
                 f"example {example!r} of shard {batch.shard!r}: {error.problem}"
             ) from error
-        self.readable = readable_targets(self.kind, rows)
-        self.taken = batch.targets if loss.formula is None else rows
+        weights = weights_of_classes(kind, rows, self._description.series.class_weights)
+        if batch.sample_weights is not None:
+            weights = weights * batch.sample_weights
+        return Targets(batch.targets, rows, weights)
+
+    def _check_gradients(self, batch: ExampleBatch, targets: Targets, block: FactorBlock) -> None:
+        # A well fitted example has hardly a gradient and would pass with any formula.
+        worst = np.argsort(-block.losses.sum(axis=1), kind="stable")[:_CHECKED_EXAMPLES]
+        few, few_targets = batch.rows(worst), targets.rows_at(worst)
+        for run, loaded, gradient in zip(
+            self._functions, self._checkpoints, block.rows(worst).gradients, strict=True
+        ):
+            check_gradients(run, self._loss, loaded.values, few.inputs, few_targets, gradient)
+
+
+def _kind_of_targets(loss: TrainingLoss, targets: np.ndarray, shape: tuple[int, ...]) -> str:
+    known = LOSSES.get(loss.name) or QUERY_LOSSES.get(loss.name)
+    if known:
+        return known.targets
+    is_index = targets.ndim <= len(shape) and targets.dtype.kind in "iu" and shape[-1] > 1
+    return "index" if is_index else "value"
 
 
 def _check_inputs_finite(batch: ExampleBatch) -> None:
-    if batch.inputs.dtype.kind != "f":
-        return
-    finite = np.isfinite(batch.inputs.reshape(len(batch), -1)).all(axis=1)
-    if not finite.all():
-        example = str(batch.example_ids[np.flatnonzero(~finite)[0]])
-        raise InputError(
-            f"example {example!r} of shard {batch.shard!r} has a NaN or infinite input: "
-            "expected finite numbers"
-        )
+    arrays = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
+    for array in arrays:
+        if array.dtype.kind != "f":
+            continue
+        finite = np.isfinite(array.reshape(len(batch), -1)).all(axis=1)
+        if not finite.all():
+            example = str(batch.example_ids[np.flatnonzero(~finite)[0]])
+            raise InputError(
+                f"example {example!r} of shard {batch.shard!r} has a NaN or infinite input: "
+                "expected finite numbers"
+            )

@@ -1,7 +1,8 @@
-"""The compiled function from inputs and targets to one model's gradient factors."""
+"""The compiled function from inputs and targets to a model's gradient factors."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,17 @@ import tensorflow as tf
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import LayerFactors
-from tracin_transforms.models.error_signals import error_signals
-from tracin_transforms.models.layer_factors import ChosenLayer, layer_factors
-from tracin_transforms.models.layers import ALL_DENSE, LAST, candidate_layers
+from tracin_transforms.core.protocols import Inputs, input_rows
+from tracin_transforms.models.error_signals import LossEnd, loss_end
+from tracin_transforms.models.layer_factors import ChosenMatrix, layer_factors
+from tracin_transforms.models.layers import ALL, ALL_DENSE, LAST, candidate_layers
+from tracin_transforms.models.model_ends import ModelEnds, kinds
 from tracin_transforms.models.taps import Tap, tapped
 from tracin_transforms.models.training_loss import TrainingLoss
 
 _Tensors = tuple[tf.Tensor, ...]
+# The values of a model's variables at one checkpoint.
+Values = Sequence[tf.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +31,7 @@ class ExampleFactors:
 
     Attributes:
         losses: Shape [n], float64.
-        layers: The factors of each chosen layer.
+        layers: The factors of each chosen weight.
         loss_inputs: The logits or outputs that the loss takes, shape [n, ..., C], float64.
     """
 
@@ -35,73 +40,110 @@ class ExampleFactors:
     loss_inputs: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The labels of n examples, in the forms that losses take, with their weights.
+
+    Attributes:
+        given: As the examples have them.
+        rows: What `core.targets.target_rows` made of them, shape [n, ..., C], float64.
+        weights: What each example's loss is multiplied with, shape [n], float64.
+    """
+
+    given: np.ndarray
+    rows: np.ndarray
+    weights: np.ndarray
+
+    def rows_at(self, selection: slice | np.ndarray) -> "Targets":
+        """Returns the targets of the selected examples."""
+        return Targets(self.given[selection], self.rows[selection], self.weights[selection])
+
+    def tensors(self) -> list[tf.Tensor]:
+        """Returns the three as tensors."""
+        return [tf.constant(part) for part in (self.given, self.rows, self.weights)]
+
+
 class FactorFunction:
-    """A model with its loss, compiled.
+    """A model with its loss, compiled once for all checkpoints.
 
     Args:
-        model: With one input and one output.
+        model: The model; its variables' values are given with each call.
         loss: What it was trained with.
         what: What to call the model in messages.
         layers: Which layers, see `candidate_layers`.
+        output: Which of its outputs the loss takes, by name, where it has several.
 
     Raises:
-        InputError: The model has no such layer, or several inputs or outputs.
+        InputError: The model has no such layer.
     """
 
     def __init__(
-        self, model: keras.Model, loss: TrainingLoss, what: str, layers: str = LAST
+        self,
+        model: keras.Model,
+        loss: TrainingLoss,
+        what: str,
+        layers: str = LAST,
+        output: str | None = None,
     ) -> None:
         self.model = model
+        self.ends = ModelEnds(model, what, output)
         self._loss = loss
         self._what = what
-        self._compiled: dict[Any, Callable[[tf.Tensor, tf.Tensor], _Tensors]] = {}
-        self._output_shapes: dict[tuple[np.dtype, tuple[int, ...]], tuple[int, ...]] = {}
-        # The layers whose factors are taken, and how many numbers those of one example are; known
-        # when the function has been compiled.
-        self.layers: list[ChosenLayer] = []
+        self._compiled: dict[Any, Callable[..., _Tensors]] = {}
+        self._compiling = threading.Lock()
+        # The weights whose factors are taken, and how many numbers those of one example are;
+        # known when the function has been compiled.
+        self.matrices: list[ChosenMatrix] = []
         self.numbers_per_example: int | None = None
         self._choice = layers
         try:
             self._candidates = candidate_layers(model, layers)
         except InputError as error:
             raise InputError(f"{what}: {error}") from error
-        for ends in ("inputs", "outputs"):
-            # A subclassed model has neither.
-            found = getattr(model, ends, None) or []
-            if len(found) > 1:
-                raise InputError(f"{what} has {len(found)} {ends}: expected one")
 
-    def __call__(self, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> ExampleFactors:
+    def __call__(
+        self, values: Values, inputs: Inputs, targets: Targets, batch_size: int
+    ) -> ExampleFactors:
         """Returns the losses and gradient factors of examples, `batch_size` at a time.
 
         Args:
-            inputs: Shape [n, ...].
-            targets: As `error_signals` takes them.
+            values: Of the model's variables, in their order.
+            inputs: Of n examples.
+            targets: Of the same.
             batch_size: Examples per call of the model.
 
         Raises:
             InputError: The model's layers or its end are not supported; found when it is compiled.
         """
         function = self._function(inputs, targets)
+        n = len(targets.weights)
         parts = []
-        for start in range(0, len(inputs), batch_size):
+        for start in range(0, n, batch_size):
             rows = slice(start, start + batch_size)
-            parts.append(function(tf.constant(inputs[rows]), tf.constant(targets[rows])))
+            arguments = tf.nest.map_structure(tf.constant, input_rows(inputs, rows))
+            parts.append(function(arguments, *targets.rows_at(rows).tensors(), list(values)))
         losses, loss_inputs, *factors = (
             np.concatenate([tensor.numpy() for tensor in tensors])
             for tensors in zip(*parts, strict=True)
         )
+        self._check_rows(n, factors)
         layers = tuple(
-            LayerFactors(chosen.layer.name, activations, signals, chosen.has_bias)
-            for chosen, activations, signals in zip(
-                self.layers, factors[::2], factors[1::2], strict=True
+            LayerFactors(name, activations, signals, chosen.has_bias, chosen.groups)
+            for name, chosen, activations, signals in zip(
+                self.layer_names(), self.matrices, factors[::2], factors[1::2], strict=True
             )
         )
         return ExampleFactors(losses, layers, loss_inputs)
 
-    def as_inputs(self, examples: tf.Tensor) -> tf.Tensor:
-        """Returns examples in the dtype that the model takes."""
-        return tf.cast(examples, self._input_dtype(np.dtype(examples.dtype.as_numpy_dtype)))
+    def layer_names(self) -> list[str]:
+        """Returns the names of the weights' layers; their paths, where names are not unique."""
+        names = [layer.name for layer in dict.fromkeys(c.layer for c in self.matrices)]
+        found = []
+        for chosen in self.matrices:
+            name, part = chosen.layer.name, chosen.matrix.part
+            name = name if names.count(name) == 1 else chosen.layer.path
+            found.append(f"{name}/{part}" if part else name)
+        return found
 
     def check(self) -> None:
         """Compiles the function without examples, as far as the model says what it takes.
@@ -109,103 +151,102 @@ class FactorFunction:
         Raises:
             InputError: The model's layers or its end are not supported.
         """
-        if self._loss.formula is None or not getattr(self.model, "inputs", None):
+        formula, inputs = self._loss.formula, self.ends.declared_inputs()
+        if formula is None or inputs is None:
             return
-        inputs, outputs = self.model.inputs[0], self.model.outputs[0]
-        if None in (*inputs.shape[1:], *outputs.shape[1:]):
+        output = self.ends.declared_output()
+        if None in output.shape[1:]:
             return
-        signature = [
-            tf.TensorSpec(inputs.shape, inputs.dtype),
-            tf.TensorSpec(outputs.shape, tf.float64),
-        ]
-        tf.function(self._run, signature, autograph=False).get_concrete_function()
+        rows = tf.TensorSpec(output.shape, tf.float64)
+        given = tf.TensorSpec(output.shape[:-1], tf.int64) if formula.targets == "index" else rows
+        self._compile([inputs, given, rows, tf.TensorSpec([None], tf.float64)], self._run)
 
-    def output_shape(self, inputs: np.ndarray) -> tuple[int, ...]:
-        """Returns the shape of the model's output for some inputs, [n, ..., C].
+    def forward(self, values: Values, inputs: Any) -> Any:
+        """Returns the output that counts, in inference mode, for tensors of inputs."""
+        variables = list(zip(self.model.variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=variables):
+            return self.ends.selected(self.model(inputs, training=False))
 
-        Raises:
-            InputError: The model does not take such inputs, or gives something else.
-        """
-        key = (inputs.dtype, inputs.shape[1:])
-        if key not in self._output_shapes:
-            self._check_shape(inputs.shape[1:])
-            self._output_shapes[key] = self._infer_output_shape(*key)
-        return (len(inputs), *self._output_shapes[key])
-
-    def _infer_output_shape(self, dtype: np.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
-        spec = keras.KerasTensor((None, *shape), self._input_dtype(dtype))
-        try:
-            output = self.model.compute_output_spec(spec)
-        # Whatever a layer raises for an input that it does not take.
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{self._what} does not take inputs of shape {shape}: {reason:.300}"
-            ) from error
-        if not isinstance(output, keras.KerasTensor) or None in output.shape[1:]:
-            raise InputError(
-                f"{self._what} gives {str(output):.100}: expected one output of a known shape"
-            )
-        return tuple(output.shape[1:])
-
-    def _check_shape(self, found: tuple[int, ...]) -> None:
-        declared = getattr(self.model, "inputs", None)
-        if not declared:
-            return
-        wanted = tuple(declared[0].shape[1:])
-        fits = len(found) == len(wanted) and all(
-            size in (None, length) for size, length in zip(wanted, found, strict=True)
-        )
-        if not fits:
-            raise InputError(
-                f"{self._what} takes inputs of shape {wanted}, the examples have {found}"
-            )
-
-    def _input_dtype(self, found: np.dtype) -> str:
-        declared = getattr(self.model, "inputs", None)
-        if declared:
-            return str(declared[0].dtype)
-        return str(keras.backend.floatx() if found.kind == "f" else found)
-
-    def _function(
-        self, inputs: np.ndarray, targets: np.ndarray
-    ) -> Callable[[tf.Tensor, tf.Tensor], _Tensors]:
+    def _function(self, inputs: Inputs, targets: Targets) -> Callable[..., _Tensors]:
         """Returns the compiled function for such inputs and targets, any number of them."""
-        key = tuple((array.dtype, array.shape[1:]) for array in (inputs, targets))
-        if key not in self._compiled:
-            # Without autograph, which would wrap our errors in its own.
-            self._compiled[key] = tf.function(
-                self._run,
-                input_signature=[tf.TensorSpec([None, *shape], dtype) for dtype, shape in key],
-                autograph=False,
-            )
-        return self._compiled[key]
+        # One at a time: layers are changed while a function is compiled.
+        with self._compiling:
+            key = (kinds(inputs), kinds(targets.given), kinds(targets.rows))
+            if key not in self._compiled:
+                dtypes = self.ends.dtypes(inputs)
 
-    def _run(self, inputs: tf.Tensor, targets: tf.Tensor) -> _Tensors:
-        inputs = self.as_inputs(inputs)
-        with (
-            tf.GradientTape(watch_accessed_variables=False) as tape,
-            tapped(self._candidates, tape) as taps,
-        ):
-            outputs = self.model(inputs, training=False)
-        try:
-            taps = self._chosen(taps)
-            losses, signals, loss_inputs = error_signals(self._loss, taps, outputs, targets, tape)
-            self.layers, factors = layer_factors(taps, signals)
-            self.numbers_per_example = sum(math.prod(factor.shape[1:]) for factor in factors)
-            if not factors or (self._choice != ALL_DENSE and None in signals):
-                names = ", ".join(sorted({repr(tap.layer.name) for tap in taps}))
-                raise InputError(
-                    f"the output does not depend on the Dense layer(s) {names}: expected layers "
-                    "that lead to it"
-                )
-        except InputError as error:
-            raise InputError(f"{self._what}: {error}") from error
-        return losses, loss_inputs, *factors
+                def run(inputs: Any, *arguments: Any) -> _Tensors:
+                    return self._run(self.ends.cast(inputs, dtypes), *arguments)
 
-    def _chosen(self, taps: list[Tap]) -> list[Tap]:
+                arrays = [inputs, targets.given, targets.rows, targets.weights]
+                signature = tf.nest.map_structure(_any_number_of, arrays)
+                self._compiled[key] = self._compile(signature, run)
+            return self._compiled[key]
+
+    def _compile(self, signature: list[Any], run: Callable[..., _Tensors]) -> Any:
+        signature = [*signature, self._value_specs()]
+        # Without autograph, which would wrap our errors in its own.
+        return tf.function(run, signature, autograph=False).get_concrete_function()
+
+    def _value_specs(self) -> list[tf.TensorSpec]:
+        return [tf.TensorSpec(v.shape, v.value.dtype) for v in self.model.variables]
+
+    def _run(
+        self,
+        inputs: Any,
+        given: tf.Tensor,
+        rows: tf.Tensor,
+        weights: tf.Tensor,
+        values: Values,
+    ) -> _Tensors:
+        variables = list(zip(self.model.variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=variables):
+            tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+            with tape, tapped(self._candidates, tape) as taps:
+                outputs = self.ends.selected(self.model(inputs, training=False))
+            try:
+                end = loss_end(self._loss, taps, outputs, given, rows, weights, tape)
+                taps, signals = self._chosen(taps, end)
+                self.matrices, factors = layer_factors(taps, signals)
+            except InputError as error:
+                raise InputError(f"{self._what}: {error}") from error
+        if not factors:
+            raise InputError(f"{self._what}: no weight of the chosen layers is trained")
+        self.numbers_per_example = sum(math.prod(factor.shape[1:]) for factor in factors)
+        return end.losses, end.loss_inputs, *factors
+
+    def _chosen(self, taps: list[Tap], end: LossEnd) -> tuple[list[Tap], list[tf.Tensor | None]]:
+        """Returns the calls of the chosen layers, and their error signals."""
         if not taps:
             raise InputError("none of the chosen layers is called")
-        if self._choice != LAST:
-            return taps
-        return [tap for tap in taps if tap.layer is taps[-1].layer]
+        if self._choice == LAST:
+            # The last that leads to the output: there may be others behind another one.
+            for layer in dict.fromkeys(tap.layer for tap in reversed(taps)):
+                own = [tap for tap in taps if tap.layer is layer]
+                signals = end.signals(own)
+                if any(signal is not None for signal in signals):
+                    return own, signals
+        else:
+            signals = end.signals(taps)
+            every = self._choice in (ALL, ALL_DENSE)
+            reached = {t.layer for t, s in zip(taps, signals, strict=True) if s is not None}
+            if reached and (every or reached == {tap.layer for tap in taps}):
+                return taps, signals
+        names = ", ".join(sorted({repr(tap.layer.name) for tap in taps}))
+        raise InputError(
+            f"the output does not depend on all of the layers {names}: expected layers that lead "
+            "to it"
+        )
+
+    def _check_rows(self, n: int, factors: Sequence[np.ndarray]) -> None:
+        for chosen, activations in zip(self.matrices, factors[::2], strict=True):
+            if len(activations) != n:
+                raise InputError(
+                    f"{self._what}: layer {chosen.layer.name!r} is called with "
+                    f"{len(activations)} rows for {n} examples: expected each example to have its "
+                    "own row, with positions on other axes"
+                )
+
+
+def _any_number_of(array: np.ndarray) -> tf.TensorSpec:
+    return tf.TensorSpec([None, *array.shape[1:]], tf.as_dtype(array.dtype))

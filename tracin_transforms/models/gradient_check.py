@@ -1,13 +1,17 @@
 """Factored gradients compared with automatic differentiation, before a job relies on them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import tensorflow as tf
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import GradientFactors, LayerFactors
-from tracin_transforms.core.products import materialised
-from tracin_transforms.core.protocols import ExampleBatch
-from tracin_transforms.models.factor_function import FactorFunction
+from tracin_transforms.core.products import gradient_sum
+from tracin_transforms.core.protocols import Inputs
+from tracin_transforms.models.error_signals import losses_of_examples
+from tracin_transforms.models.factor_function import FactorFunction, Targets, Values
+from tracin_transforms.models.layer_factors import ChosenMatrix
 from tracin_transforms.models.training_loss import TrainingLoss
 
 # Both sides are rounded to float32 and add up in another order; a wrong formula is off by far more.
@@ -17,59 +21,110 @@ MIXED_PRECISION_TOLERANCE = 3e-2
 
 
 def check_gradients(
-    function: FactorFunction, loss: TrainingLoss, batch: ExampleBatch, factors: GradientFactors
+    function: FactorFunction,
+    loss: TrainingLoss,
+    values: Values,
+    inputs: Inputs,
+    targets: Targets,
+    factors: GradientFactors,
 ) -> None:
     """Compares the factors with the gradients that TensorFlow computes through the whole model.
 
     Args:
         function: The checkpoint's model, which gave the factors.
         loss: The run's loss.
-        batch: A few examples.
+        values: Of the model's variables at the checkpoint.
+        inputs: Of a few examples.
+        targets: Of the same.
         factors: Gradient factors of these examples at the checkpoint.
 
     Raises:
         InputError: A layer's differ by more than the tolerance, relative to the largest entry.
     """
     # One backward pass for all examples: weights that differ keep errors from cancelling out.
-    weights = 1 + np.arange(len(batch), dtype=np.float32)
-    differentiated = _differentiate(function, loss, batch, weights)
+    mix = 1 + np.arange(len(targets.weights), dtype=np.float32)
+    differentiated = _differentiate(function, loss, values, inputs, targets, mix)
     for chosen, layer, expected in zip(
-        function.layers, factors.layers, differentiated, strict=True
+        function.matrices, factors.layers, differentiated, strict=True
     ):
-        found = weights @ materialised(layer)
+        width = layer.activations.shape[-1]
+        if layer.is_one_hot:
+            width = chosen.matrix.variable.shape[0]
+        found = gradient_sum(layer, mix, width)
         largest, difference = np.abs(expected).max(), np.abs(found - expected).max()
         exact = chosen.layer.compute_dtype in ("float32", "float64")
         tolerance = TOLERANCE if exact else MIXED_PRECISION_TOLERANCE
-        if difference > tolerance * largest + _rounding(layer, weights):
+        if difference > tolerance * largest + _rounding(layer, mix):
             raise InputError(
                 f"checkpoint {factors.checkpoint_id!r}: the factored gradients of layer "
                 f"{layer.name!r} with loss {loss.name!r} differ from automatic differentiation "
-                f"by {difference:.3g}, where the largest entry is {largest:.3g}: check that "
-                "'loss' and 'from_logits' in checkpoints.json are those the model was trained with"
+                f"by {difference:.3g}, where the largest entry is {largest:.3g}: "
+                f"{_likely_cause(chosen, found, expected)}"
             )
 
 
-def _rounding(layer: LayerFactors, weights: np.ndarray) -> float:
+def _rounding(layer: LayerFactors, mix: np.ndarray) -> float:
     """What the float32 of a probability does to a gradient, whose true value may be near 0."""
+    if layer.is_one_hot:
+        return float(1e-6 * mix.sum())
     largest = np.abs(layer.activations).reshape(len(layer), -1).max(axis=1)
-    return float(1e-6 * max(1.0, weights @ largest))
+    return float(1e-6 * max(1.0, mix @ largest))
+
+
+def _likely_cause(chosen: ChosenMatrix, found: np.ndarray, expected: np.ndarray) -> str:
+    layer = chosen.layer
+    module = type(layer).__module__
+    if not module.startswith("keras."):
+        return (
+            f"layer {layer.name!r} is a {type(layer).__name__} of {module}, which seems to compute "
+            "something else than the Keras layer it derives from: name other layers with --layers"
+        )
+    size = found @ found
+    factor = (found @ expected) / size if size else 0.0
+    if np.abs(factor * found - expected).max() <= TOLERANCE * np.abs(expected).max():
+        return (
+            f"they are {factor:.4g} times as large. Check that 'loss' and 'from_logits' in "
+            "checkpoints.json are those the model was trained with"
+        )
+    return (
+        "either its weights are used elsewhere in the model as well, or 'loss' and 'from_logits' "
+        "in checkpoints.json are not those the model was trained with"
+    )
 
 
 def _differentiate(
-    function: FactorFunction, loss: TrainingLoss, batch: ExampleBatch, weights: np.ndarray
+    function: FactorFunction,
+    loss: TrainingLoss,
+    values: Values,
+    inputs: Inputs,
+    targets: Targets,
+    mix: np.ndarray,
 ) -> list[np.ndarray]:
-    """Returns the weighted sum of the examples' gradients for each layer, in one row."""
-    layers = [chosen.layer for chosen in function.layers]
-    variables = [
-        [layer.kernel.value, *([layer.bias.value] if layer.use_bias else [])] for layer in layers
+    """Returns the weighted sum of the examples' gradients for each weight, in one row."""
+    place = {id(variable): i for i, variable in enumerate(function.model.variables)}
+    sought = [
+        [
+            values[place[id(variable)]]
+            for variable in (chosen.matrix.variable, chosen.matrix.bias)
+            if variable is not None
+        ]
+        for chosen in function.matrices
     ]
-    inputs = function.as_inputs(tf.convert_to_tensor(batch.inputs))
+    tensors = tf.nest.map_structure(tf.constant, inputs)
+    examples = function.ends.cast(tensors, function.ends.dtypes(inputs))
+    given, rows, weights = targets.tensors()
     with tf.GradientTape() as tape:
-        tape.watch(variables)
-        outputs = function.model(inputs, training=False)
-        losses = loss.keras_losses(tf.convert_to_tensor(batch.targets), outputs)
-        total = tf.reduce_sum(tf.cast(weights, losses.dtype) * losses)
+        tape.watch(sought)
+        outputs = function.forward(values, examples)
+        losses = losses_of_examples(loss, outputs, given, rows, weights)
+        total = tf.reduce_sum(tf.cast(mix, losses.dtype) * losses)
     return [
-        np.concatenate([gradient.numpy().T.ravel() for gradient in gradients])
-        for gradients in tape.gradient(total, variables)
+        _one_row(chosen, gradients)
+        for chosen, gradients in zip(function.matrices, tape.gradient(total, sought), strict=True)
     ]
+
+
+def _one_row(chosen: ChosenMatrix, gradients: Sequence[tf.Tensor]) -> np.ndarray:
+    kernel, *bias = (tf.convert_to_tensor(gradient).numpy() for gradient in gradients)
+    rows = chosen.matrix.rows(kernel)
+    return np.concatenate([rows.ravel(), *(gradient.ravel() for gradient in bias)])

@@ -1,10 +1,12 @@
-"""The layers of a model, at any depth."""
+"""The layers of a model, at any depth, and which of them a choice means."""
 
 import keras
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.models.linear_maps import DENSE_KINDS
+from tracin_transforms.models.weight_matrices import is_supported
 
-LAST, ALL_DENSE = "last", "all-dense"
+LAST, ALL_DENSE, ALL = "last", "all-dense", "all"
 
 
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -12,47 +14,60 @@ def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
     return list(model._flatten_layers())
 
 
-def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Dense]:
-    """Returns the dense layers that a choice may mean, in no particular order.
+def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Layer]:
+    """Returns the layers that a choice may mean, in no particular order.
 
     Args:
         model: The model.
-        layers: ``last``: the one that is called last, so any; ``all-dense``: all that are trained,
-            without frozen ones; or names of layers, or their paths, separated by commas.
+        layers: ``last``: the dense one that is called last, so any; ``all-dense``: all Dense and
+            EinsumDense layers; ``all``: convolutions and embeddings too. Frozen layers have no
+            part in training and are left out. Or names of layers, or their paths, separated by
+            commas, frozen or not.
 
     Raises:
-        InputError: There is none, or a name stands for no dense layer or for several.
+        InputError: There is none, or a name stands for no layer with factors, or for several; a
+            layer is quantised.
     """
-    dense = [layer for layer in all_layers(model) if isinstance(layer, keras.layers.Dense)]
-    if not dense:
-        raise InputError("the model has no Dense layer: expected at least one")
-    if layers == LAST:
-        return dense
-    if layers != ALL_DENSE:
+    found = _candidates(model, layers)
+    for layer in found:
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise InputError(
+                f"layer {layer.name!r} is quantised to {layer.quantization_mode}: expected weights "
+                "as they were trained"
+            )
+    return found
+
+
+def _candidates(model: keras.Model, layers: str) -> list[keras.layers.Layer]:
+    every = [layer for layer in all_layers(model) if is_supported(layer)]
+    if layers not in (LAST, ALL_DENSE, ALL):
         # Once each, also if named twice.
-        return list(dict.fromkeys(_by_name(dense, name.strip()) for name in layers.split(",")))
-    trained = [layer for layer in dense if layer.trainable]
+        names = [name.strip() for name in layers.split(",")]
+        return list(dict.fromkeys(_by_name(model, every, name) for name in names))
+    what = "Dense or EinsumDense" if layers != ALL else "Dense, convolutional or Embedding"
+    found = every if layers == ALL else [x for x in every if isinstance(x, DENSE_KINDS)]
+    if not found:
+        raise InputError(f"the model has no {what} layer: expected at least one")
+    trained = [layer for layer in found if layer.trainable]
     if not trained:
-        raise InputError("all Dense layers are frozen: name those to take nevertheless")
+        raise InputError(f"all {what} layers are frozen: name those to take nevertheless")
     return trained
 
 
-def _by_name(dense: list[keras.layers.Dense], name: str) -> keras.layers.Dense:
-    found = [layer for layer in dense if name in (layer.name, layer.path)]
-    if len(found) != 1:
-        known = ", ".join(sorted(layer.path for layer in dense))
-        raise InputError(f"{len(found)} Dense layers are called {name!r}: expected one of {known}")
-    return found[0]
+def _by_name(model: keras.Model, every: list[keras.layers.Layer], name: str) -> keras.layers.Layer:
+    found = [layer for layer in every if name in (layer.name, layer.path)]
+    if len(found) == 1:
+        return found[0]
+    others = [layer for layer in all_layers(model)[1:] if name in (layer.name, layer.path)]
+    if others and not found:
+        raise InputError(
+            f"layer {name!r} is a {type(others[0]).__name__}: expected a Dense, EinsumDense, "
+            "Conv1D, Conv2D, DepthwiseConv1D, DepthwiseConv2D or Embedding layer"
+        )
+    known = ", ".join(sorted(layer.path for layer in every))
+    raise InputError(f"{len(found)} layers are called {name!r}: expected one of {known}")
 
 
 def computes_in_float32(model: keras.Model) -> bool:
     """Returns whether every layer computes in float32."""
     return {layer.compute_dtype for layer in all_layers(model)} == {"float32"}
-
-
-def input_shape(model: keras.Model) -> tuple[int | None, ...] | None:
-    """Returns the shape of what a model with one input takes, (None, ...), where Keras knows it."""
-    if getattr(model, "inputs", None):
-        return tuple(model.inputs[0].shape)
-    built = (model.get_build_config() or {}).get("input_shape")
-    return (None, *built[1:]) if built else None

@@ -1,21 +1,39 @@
 """Which layers of a loaded model compute in float64; weights stay as they were saved."""
 
+import math
+from typing import Any
+
 import keras
 import tensorflow as tf
 
-from tracin_transforms.models.layers import all_layers, computes_in_float32, input_shape
+from tracin_transforms.models.layers import all_layers, computes_in_float32
+from tracin_transforms.models.model_ends import input_structure
+from tracin_transforms.models.taps import replace_call
+
+# Kernels of so many numbers and more are multiplied in float32, for the time it takes.
+_LARGE_KERNEL = 2**14
+# Products that are added up in float32; what they give is added up in float64.
+_PRODUCTS_PER_SUM = 128
 
 
 def widen_head(model: keras.Model) -> None:
-    """Lets the dense layers that are applied once per example compute in float64.
+    """Lets the dense layers that are applied once per example add up in float64.
 
-    These, behind the flattening or pooling of a network, add up the longest sums and are a small
-    part of its work. An error signal is as exact, relatively, as the logits are absolutely: in
-    float32 these layers alone would double its error. Layers of another precision than float32
-    keep it: their rounding is part of the model. So do layers that a user's own code calls, which
-    may not expect another dtype than its own.
+    These, behind the flattening or pooling of a network, add up the longest sums. An error signal
+    is as exact, relatively, as the logits are absolutely: in float32 these layers alone would
+    double its error. Large ones multiply in float32 nevertheless and add up some products at a
+    time, which takes half of the error away at a tenth of the cost.
+
+    Layers of another precision than float32 keep it: their rounding is part of the model. So do
+    layers that a user's own code calls, which may not expect another dtype than its own.
     """
-    _widen([layer for layer in _graph_layers(model) if _is_head(layer)])
+    for layer in _graph_layers(model):
+        if not _is_head(layer):
+            continue
+        if type(layer) is keras.layers.Dense and math.prod(layer.kernel.shape) >= _LARGE_KERNEL:
+            replace_call(layer, _call_in_parts(layer))
+        else:
+            _widen([layer])
 
 
 def widen(model: keras.Model) -> None:
@@ -34,14 +52,13 @@ def can_be_widened(model: keras.Model) -> bool:
 
     It could not if float32 is written into a layer's code. The model is of no use afterwards.
     """
-    shape = input_shape(model)
-    if shape is None or not computes_in_float32(model):
+    inputs = _input_specs(model)
+    if inputs is None or not computes_in_float32(model):
         return False
-    dtype = model.inputs[0].dtype if getattr(model, "inputs", None) else "float32"
     widen(model)
     function = tf.function(lambda inputs: model(inputs, training=False), autograph=False)
     try:
-        function.get_concrete_function(tf.TensorSpec(shape, dtype))
+        function.get_concrete_function(inputs)
     # Whatever a layer's code raises for a dtype that it does not expect.
     except Exception:
         return False
@@ -65,6 +82,37 @@ def _widen(layers: list[keras.layers.Layer]) -> None:
         layer.dtype_policy = _Float64Compute()
 
 
+def _call_in_parts(layer: keras.layers.Dense) -> Any:
+    def call(inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        kernel = tf.convert_to_tensor(layer.kernel)
+        width = kernel.shape[0]
+        sums = [
+            tf.cast(tf.matmul(inputs[:, start:end], kernel[start:end]), tf.float64)
+            for start, end in _parts(width)
+        ]
+        outputs = tf.add_n(sums)
+        if layer.bias is not None:
+            outputs += tf.cast(layer.bias, tf.float64)
+        return outputs if layer.activation is None else layer.activation(outputs)
+
+    return call
+
+
+def _parts(width: int) -> list[tuple[int, int]]:
+    number = -(-width // _PRODUCTS_PER_SUM)
+    edges = [width * i // number for i in range(number + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _input_specs(model: keras.Model) -> Any:
+    """Returns specs of what a model takes, where Keras knows it."""
+    if getattr(model, "inputs", None):
+        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in model.inputs]
+        return keras.tree.pack_sequence_as(input_structure(model), specs)
+    built = (model.get_build_config() or {}).get("input_shape")
+    return tf.TensorSpec((None, *built[1:]), "float32") if built else None
+
+
 def _graph_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """Returns the layers that Keras itself calls, in nested models too."""
     if not getattr(model, "inputs", None):
@@ -76,10 +124,10 @@ def _graph_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _is_head(layer: keras.layers.Layer) -> bool:
-    kinds = keras.layers.Dense | keras.layers.Activation | keras.layers.Softmax
-    if not isinstance(layer, kinds) or layer.compute_dtype != "float32":
-        return False
-    return _rank(layer) == 2
+    # Not what a user derived from them, whose code may do something else.
+    kinds = (keras.layers.Dense, keras.layers.Activation, keras.layers.Softmax)
+    is_kind = type(layer) in kinds and layer.compute_dtype == "float32"
+    return is_kind and getattr(layer, "quantization_mode", None) is None and _rank(layer) == 2
 
 
 def _rank(layer: keras.layers.Layer) -> int | None:

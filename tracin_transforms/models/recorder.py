@@ -10,7 +10,6 @@ import keras
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.models.factor_function import FactorFunction
-from tracin_transforms.models.loading import check_loadable
 from tracin_transforms.models.training_loss import TrainingLoss, loss_of_model
 from tracin_transforms.storage.checkpoint_series import FILE_NAME, write_checkpoint_series
 from tracin_transforms.storage.files import local_path, written_atomically
@@ -76,9 +75,7 @@ class CheckpointRecorder(keras.callbacks.Callback):
                 "this CheckpointRecorder has recorded another model, or the same with another "
                 "loss: use one recorder, with a directory of its own, for each training run"
             )
-        what = f"model {self.model.name!r}"
-        check_loadable(self.model, what)
-        FactorFunction(self.model, loss, what).check()
+        FactorFunction(self.model, loss, f"model {self.model.name!r}").check()
         if not self._checkpoints and not any(map(self._is_due, range(1, self._last_epoch() + 1))):
             raise InputError(
                 f"training ends after {self._last_epoch()} epochs, but the first checkpoint is due "

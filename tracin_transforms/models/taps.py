@@ -1,4 +1,4 @@
-"""Notes what goes into dense layers, and what comes out of them before their activation."""
+"""Notes what goes into layers, and what comes out of them before their activation."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +15,12 @@ class Tap:
 
     Attributes:
         layer: The layer.
-        activations: Its input, shape [n, ..., d].
-        pre_activations: W h + b, shape [n, ..., C], watched by the tape.
+        inputs: What it was given, shape [n, ...].
+        pre_activations: What it gave before its activation, shape [n, ...], watched by the tape.
     """
 
     layer: keras.layers.Layer
-    activations: tf.Tensor
+    inputs: tf.Tensor
     pre_activations: tf.Tensor
 
 
@@ -29,32 +29,46 @@ def tapped(layers: Sequence[keras.layers.Layer], tape: tf.GradientTape) -> Itera
     """Notes every call of the layers within the block, in order, wherever they are in a model.
 
     Args:
-        layers: Dense layers.
+        layers: Layers whose call applies their attribute `activation`, if they have one, last.
         tape: Is made to watch the pre-activations.
     """
     taps: list[Tap] = []
-    for layer in layers:
-        # Past Keras's own __setattr__, which would take it for a part of the layer's state.
-        object.__setattr__(layer, "call", _tapped_call(layer, tape, taps))
-    try:
-        yield taps
-    finally:
+    with contextlib.ExitStack() as replacements:
         for layer in layers:
-            object.__delattr__(layer, "call")
+            call = _tapped_call(layer, tape, taps)
+            replacements.enter_context(_replaced(layer, "call", call))
+        yield taps
+
+
+def replace_call(layer: keras.layers.Layer, call: Callable[..., Any]) -> None:
+    """Lets a layer compute something else from now on."""
+    # Past Keras's own __setattr__, which would take it for a part of the layer's state.
+    object.__setattr__(layer, "call", call)
+
+
+@contextlib.contextmanager
+def _replaced(layer: keras.layers.Layer, name: str, value: Any) -> Iterator[None]:
+    own = vars(layer).get(name)
+    object.__setattr__(layer, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            object.__delattr__(layer, name)
+        else:
+            object.__setattr__(layer, name, own)
 
 
 def _tapped_call(
     layer: keras.layers.Layer, tape: tf.GradientTape, taps: list[Tap]
 ) -> Callable[..., Any]:
-    call = layer.call
+    call, activation = layer.call, getattr(layer, "activation", None)
 
     def tapped_call(inputs: Any, *arguments: Any, **keywords: Any) -> Any:
-        activation = layer.activation
-        object.__setattr__(layer, "activation", None)
-        try:
+        with contextlib.ExitStack() as replacements:
+            if activation is not None:
+                replacements.enter_context(_replaced(layer, "activation", None))
             pre_activations = call(inputs, *arguments, **keywords)
-        finally:
-            object.__setattr__(layer, "activation", activation)
         tape.watch(pre_activations)
         taps.append(Tap(layer, inputs, pre_activations))
         return pre_activations if activation is None else activation(pre_activations)

@@ -1,7 +1,7 @@
-"""The loss a model was trained with: read off a compiled model, and applied to a loaded one."""
+"""The loss of a run: read off a compiled model, and applied to a loaded one."""
 
 import inspect
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +10,25 @@ import tensorflow as tf
 
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.losses import LOSSES, LossFormula
+from tracin_transforms.core.losses import LOSSES, QUERY_LOSSES, LossFormula
 
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """The loss of a run.
+    """The loss of a run, or of its queries.
 
     Attributes:
-        name: Keras name of the loss function.
+        name: Keras name of the loss function, or one of `QUERY_LOSSES`.
         from_logits: Whether it takes logits; None where it knows no such difference.
         options: Its other options, where they are not Keras's defaults; JSON values.
+        sums_positions: Whether an example's loss is the sum over its positions, as with Keras's
+            reduction ``sum``, instead of their mean.
     """
 
     name: str
     from_logits: bool | None
     options: dict[str, Any]
+    sums_positions: bool = False
 
     @property
     def formula(self) -> LossFormula | None:
@@ -34,7 +37,7 @@ class TrainingLoss:
         Raises:
             InputError: `from_logits` is missing, or given to a loss that takes none.
         """
-        formula = LOSSES.get(self.name)
+        formula = LOSSES.get(self.name) or QUERY_LOSSES.get(self.name)
         if formula is None:
             return None
         if formula.end and self.from_logits is None:
@@ -47,32 +50,46 @@ class TrainingLoss:
         known = inspect.signature(formula.formula).parameters
         return formula if self.options.keys() <= known.keys() else None
 
-    def keras_losses(self, targets: Any, outputs: Any) -> Any:
-        """Returns Keras's own loss of each example.
+    def by_position(self, outputs: Any, targets: Any, rows: Any) -> tf.Tensor:
+        """Returns the losses by Keras's own function, for automatic differentiation.
 
         Args:
-            targets: Tensor of the targets, as the loss takes them.
-            outputs: Tensor of the model's outputs.
+            outputs: Tensor of the model's outputs, shape [n, ..., C].
+            targets: Tensor of the targets as the examples have them, which Keras's losses take.
+            rows: The same as `core.targets.target_rows` returns them, for `QUERY_LOSSES`.
 
         Returns:
-            Shape [n]: the mean over an example's positions, where it has several.
+            Shape [n], or [n, ...] where examples have several positions. Keras's mask of positions
+            that do not count may be on it.
 
         Raises:
             InputError: The loss is one number for the whole batch.
         """
+        if self.name in QUERY_LOSSES:
+            outputs = tf.cast(outputs, tf.float32)
+            logits = outputs if self.from_logits else _logits(outputs, QUERY_LOSSES[self.name].end)
+            losses, _ = QUERY_LOSSES[self.name].formula(
+                keras.ops, logits, tf.cast(rows, tf.float32)
+            )
+            return losses
         if len(targets.shape) == len(outputs.shape) - 1 and outputs.shape[-1] == 1:
             targets = targets[..., None]
         more = {} if self.from_logits is None else {"from_logits": self.from_logits}
-        losses = _function(self.name)(targets, outputs, **more, **self.options)
+        found = _keras_loss(self.name)
+        if inspect.isclass(found):
+            losses = found.from_config(dict(self.options)).call(targets, outputs)
+        else:
+            losses = found(targets, outputs, **more, **self.options)
         if not losses.shape.rank:
             raise InputError(f"loss {self.name!r} gives one number for a batch, not one an example")
-        return tf.reduce_mean(losses, axis=list(range(1, losses.shape.rank)))
+        return losses
 
     def check(self) -> None:
-        """Raises InputError if Keras has no such loss, or the loss no such option."""
-        parameters = inspect.signature(_function(self.name)).parameters
+        """Raises InputError if there is no such loss, or the loss has no such option."""
+        found = QUERY_LOSSES[self.name].formula if self.name in QUERY_LOSSES else None
+        parameters = inspect.signature(found or _keras_loss(self.name)).parameters
         unknown = sorted(self.options.keys() - parameters.keys())
-        if unknown:
+        if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"loss {self.name!r} has no option {unknown[0]!r}")
 
 
@@ -82,28 +99,37 @@ def loss_of_series(series: CheckpointSeries) -> TrainingLoss:
     Raises:
         InputError: Keras has no such loss, or it has other options.
     """
-    loss = TrainingLoss(
-        _function(series.loss).__name__, series.from_logits, dict(series.loss_options)
-    )
+    options = dict(series.loss_options)
+    reduction = options.pop("reduction", None)
+    if reduction not in (None, "sum"):
+        raise InputError(f"loss option 'reduction' is {reduction!r}, expected 'sum' or none")
+    name = series.loss
+    if name not in QUERY_LOSSES:
+        name = keras.saving.get_registered_name(_keras_loss(name))
+    loss = TrainingLoss(name, series.from_logits, options, reduction == "sum")
     loss.check()
     return loss
 
 
-def loss_of_model(model: keras.Model) -> TrainingLoss:
+def loss_of_model(model: keras.Model, output: str | None = None) -> TrainingLoss:
     """Returns the loss of a compiled model.
 
+    Args:
+        model: The model.
+        output: Which of its outputs, where it has several.
+
     Raises:
-        InputError: It has several losses or none, or one that is not a function of Keras's kind.
+        InputError: It has several losses or none, or one that cannot be recorded.
     """
-    loss = keras.losses.get(model.loss) if not isinstance(model.loss, list | dict) else None
+    given = _loss_of_output(model, output)
+    loss = None if given is None else keras.losses.get(given)
     if loss is None:
-        raise InputError(f"the model's loss is {model.loss!r}: expected one loss")
+        raise InputError(f"the model's loss is {given!r}: expected one loss")
+    is_sum = getattr(loss, "reduction", None) == "sum"
     function = getattr(loss, "fn", loss)
-    if isinstance(function, keras.losses.Loss) or not hasattr(function, "__name__"):
-        raise InputError(
-            f"the model's loss is {loss!r}: expected one of Keras's, or a function registered "
-            "with keras.saving.register_keras_serializable"
-        )
+    if isinstance(function, keras.losses.Loss):
+        return _loss_of_class(function, is_sum)
+    name = _recorded_name(function)
     parameters = inspect.signature(function).parameters
     # Not get_config(), which leaves out some, such as Huber's delta.
     config = getattr(loss, "_fn_kwargs", {})
@@ -116,16 +142,71 @@ def loss_of_model(model: keras.Model) -> TrainingLoss:
     if "from_logits" in parameters:
         options.pop("from_logits", None)
         from_logits = bool(config.get("from_logits", parameters["from_logits"].default))
-    return TrainingLoss(function.__name__, from_logits, options)
+    return TrainingLoss(name, from_logits, options, is_sum)
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _loss_of_output(model: keras.Model, output: str | None) -> Any:
+    losses = model.loss
+    names = list(getattr(model, "output_names", []))
+    if isinstance(losses, list | tuple) and len(losses) == len(names):
+        losses = dict(zip(names, losses, strict=True))
+    if output is None:
+        if len(names) > 1 or isinstance(losses, list | tuple | dict):
+            raise InputError(
+                f"the model has the losses {losses!r}: expected one loss; name the output to "
+                f"record, one of {', '.join(names)}, as in CheckpointRecorder(..., output=NAME)"
+            )
+        return losses
+    known = list(losses) if isinstance(losses, dict) else names
+    if output not in known:
+        raise InputError(f"the model has no loss of an output {output!r}: expected one of {known}")
+    return losses[output] if isinstance(losses, dict) else losses
+
+
+def _loss_of_class(loss: keras.losses.Loss, is_sum: bool) -> TrainingLoss:
+    name = _recorded_name(type(loss))
+    config = loss.get_config()
+    options = {key: config[key] for key in config.keys() - {"name", "reduction", "dtype"}}
     try:
-        function = keras.losses.get(name)
-    except ValueError as error:
+        json.dumps(options)
+    except TypeError as error:
         raise InputError(
-            f"loss {name!r} is unknown: expected the name of a Keras loss, such as "
-            f"{', '.join(sorted(LOSSES)[:3])}"
+            f"the model's loss {name!r} has the configuration {options!r:.200}: expected values "
+            f"that JSON can hold ({error})"
         ) from error
-    found: Callable[..., Any] = getattr(function, "fn", function)
-    return found
+    return TrainingLoss(name, None, options, is_sum)
+
+
+def _recorded_name(loss: Any) -> str:
+    """Returns the name by which a loss function or class is found again."""
+    if hasattr(loss, "__name__"):
+        name: str = keras.saving.get_registered_name(loss)
+        try:
+            if _keras_loss(name) is loss:
+                return name
+        except InputError:
+            pass
+    raise InputError(
+        f"the model's loss is {loss!r}: expected one of Keras's, or a function or class registered "
+        "with keras.saving.register_keras_serializable"
+    )
+
+
+def _keras_loss(name: str) -> Any:
+    """Returns a loss function, or a user's registered function or class."""
+    found = keras.saving.get_registered_object(name)
+    if found is None:
+        try:
+            found = keras.losses.get(name)
+        except ValueError as error:
+            raise InputError(
+                f"loss {name!r} is unknown: expected the name of a Keras loss, such as "
+                f"{', '.join(sorted(LOSSES)[:3])}, or one that a module given with --import "
+                "registers"
+            ) from error
+    return getattr(found, "fn", found)
+
+
+def _logits(probabilities: tf.Tensor, end: str | None) -> tf.Tensor:
+    logs = tf.math.log(probabilities)
+    return logs if end == "softmax" else logs - tf.math.log1p(-probabilities)

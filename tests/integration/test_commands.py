@@ -149,7 +149,7 @@ def test_all_dense_layers(trained, arguments, tmp_path):
     arguments["--output"] = tmp_path / "unknown"
     refused = tracin("self-influence", arguments, "--layers=hidden,conv")
     assert refused.returncode == 1
-    assert "0 Dense layers are called 'conv': expected one of" in refused.stderr
+    assert "0 layers are called 'conv': expected one of" in refused.stderr
 
 
 def test_keras_configured_for_another_backend(arguments, monkeypatch):

@@ -59,5 +59,5 @@ def assert_factors(layer: LayerFactors, kernel, bias=None, tolerance=1e-5):
         expected = np.hstack([expected, bias.reshape(len(bias), -1)])
         found = np.hstack([found, biases]) if layer.has_bias else found
     assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+    assert np.abs(found - expected).max() / np.abs(expected).max() <= tolerance
     assert np.abs(expected).max() > 0

@@ -137,11 +137,7 @@ def test_models_that_could_not_be_used_are_refused_before_training(tmp_path):
         _fit(_model(softmax=True), CheckpointRecorder(tmp_path / "run"))
     model = keras.Sequential([keras.Input((3,)), keras.layers.ReLU()])
     model.compile("sgd", "mse")
-    with pytest.raises(InputError, match="'sequential.*': the model has no Dense layer"):
-        _fit(model, CheckpointRecorder(tmp_path / "run"))
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Lambda(abs), keras.layers.Dense(4)])
-    model.compile("sgd", "mse")
-    with pytest.raises(InputError, match="has a Lambda layer 'lambda.*safe mode"):
+    with pytest.raises(InputError, match="'sequential.*': the model has no Dense or Eins"):
         _fit(model, CheckpointRecorder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

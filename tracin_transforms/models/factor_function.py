@@ -21,6 +21,8 @@ from tracin_transforms.models.taps import Tap, tapped
 from tracin_transforms.models.training_loss import TrainingLoss
 
 _Tensors = tuple[tf.Tensor, ...]
+# One at a time: layers are changed while a function is compiled.
+_COMPILING = threading.Lock()
 # The values of a model's variables at one checkpoint.
 Values = Sequence[tf.Tensor]
 
@@ -90,7 +92,6 @@ class FactorFunction:
         self._loss = loss
         self._what = what
         self._compiled: dict[Any, Callable[..., _Tensors]] = {}
-        self._compiling = threading.Lock()
         # The weights whose factors are taken, and how many numbers those of one example are;
         # known when the function has been compiled.
         self.matrices: list[ChosenMatrix] = []
@@ -169,8 +170,7 @@ class FactorFunction:
 
     def _function(self, inputs: Inputs, targets: Targets) -> Callable[..., _Tensors]:
         """Returns the compiled function for such inputs and targets, any number of them."""
-        # One at a time: layers are changed while a function is compiled.
-        with self._compiling:
+        with _COMPILING:
             key = (kinds(inputs), kinds(targets.given), kinds(targets.rows))
             if key not in self._compiled:
                 dtypes = self.ends.dtypes(inputs)

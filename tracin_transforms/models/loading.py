@@ -128,7 +128,7 @@ def _load_keras_file(path: str, what: str, allow_unsafe: bool) -> keras.Model:
         model = keras.saving.load_model(path, compile=False, safe_mode=not allow_unsafe)
     # Keras raises many kinds of exceptions for files that are not what it expects.
     except Exception as error:
-        raise InputError(f"{what}{path!r} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"{what}{path!r} cannot be loaded as a Keras model: {_reason(error)}") from error
     if not isinstance(model, keras.Model):
         raise InputError(f"{what}{path!r} holds a {type(model).__name__}, expected a Keras model")
     _restore_lora_scales(model, _network_config(path))
@@ -218,7 +218,8 @@ def _is_all_variables(model: keras.Model) -> bool:
         # Preprocessing layers make constants of what they have learned.
         if hasattr(layer, "finalize_state"):
             return False
-        own = (type(layer).save_own_variables, type(layer).save_assets)
-        if not all(method.__module__.startswith("keras.") for method in own):
-            return False
+        for name in ("save_own_variables", "save_assets"):
+            method = getattr(type(layer), name, None)
+            if method is not None and not method.__module__.startswith("keras."):
+                return False
     return True

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from pipelines import influence, self_influence
-from pipelines.job import open_output, staged_output, start_tensorflow
+from pipelines.inputs import start_tensorflow
 from pipelines.options import parse
+from pipelines.outputs import open_output, staged_output
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.evaluation import inspected_count
 from tracin_transforms.core.ranking import rank_by_score

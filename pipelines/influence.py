@@ -10,17 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.execution import run_pipeline
-from pipelines.job import (
+from pipelines.inputs import (
     BLOCK_ROWS,
     check_unchanged,
     describe_run,
     keras_extractor,
     open_inputs,
-    open_output,
     query_factors,
-    shown,
-    staged_output,
+    query_series,
 )
+from pipelines.outputs import open_output, shown, staged_output
 from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
 from tracin_transforms.examples.spec import parse_spec
@@ -38,12 +37,21 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     inputs = open_inputs(options)
     query_source = parse_spec(options.queries)
     query_source.shards()
-    described = describe_run(options, inputs, queries=query_source.fingerprint(), k=options.k)
+    asked = query_series(inputs.series, options.query_loss)
+    described = describe_run(
+        options,
+        inputs.series,
+        inputs.weights,
+        examples=inputs.source.fingerprint(),
+        queries=query_source.fingerprint(),
+        query_loss=[asked.loss, asked.from_logits, dict(asked.loss_options)],
+        k=options.k,
+    )
     output = open_output(options, described)
     if done := output.already_done():
         return done
     extractor = SharedExtractor(keras_extractor(inputs.series, options))
-    exact = keras_extractor(inputs.series, options, float64=True)
+    exact = keras_extractor(asked, options, float64=True)
     # Held from before the pipeline starts, see self_influence.
     with staged_output(output) as staging, extractor.loaded():
         queries = query_factors(query_source, exact.load())

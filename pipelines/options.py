@@ -16,6 +16,13 @@ Beam's own options may follow, for example --runner=FnApiRunner (the default),
 """
 
 
+_EXAMPLES = (
+    "training examples: npz:PATH?x=ARRAY&y=ARRAY&id=ARRAY&weight=ARRAY (x, y by default, ids made "
+    "from the row and equal weights where no array is named; x.NAME=ARRAY for each of several "
+    "inputs)"
+)
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand of `tracin`.
@@ -25,12 +32,14 @@ class Command:
         summary: One line for `tracin --help`.
         description: For the command's own --help.
         add_options: Adds its options to a parser.
+        uses_beam: Whether it runs a pipeline, which Beam's options may be for.
     """
 
     module: str
     summary: str
     description: str
     add_options: Callable[[argparse.ArgumentParser], None]
+    uses_beam: bool = True
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,32 +53,68 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoints",
         metavar="RUN",
         required=True,
-        help="directory of the training run, with checkpoints.json (see CheckpointRecorder)",
+        help="directory of the training run, with checkpoints.json (see CheckpointRecorder); or "
+        "checkpoint files, separated by commas or as a pattern, with --loss and --learning-rates",
     )
-    parser.add_argument(
-        "--examples",
-        metavar="SPEC",
-        required=True,
-        help="training examples: npz:PATH?x=ARRAY&y=ARRAY&id=ARRAY (x, y by default, and ids "
-        "made from the row where no array is named)",
-    )
+    parser.add_argument("--examples", metavar="SPEC", required=True, help=_EXAMPLES)
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="directory for the result; made anew"
     )
     _add_overwrite(parser)
+    _add_extraction_options(parser)
+
+
+def _checkpoints_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoints",
+        metavar="RUN",
+        help="directory of the training run, with checkpoints.json; or checkpoint files, with "
+        "--loss and --learning-rates",
+    )
+    parser.add_argument(
+        "--examples",
+        metavar="SPEC",
+        help="measure losses, gradients and influence on a sample of these training examples "
+        "(npz:PATH?x=ARRAY&y=ARRAY)",
+    )
+    parser.add_argument(
+        "--sample",
+        type=_positive_int,
+        default=1000,
+        help="how many examples to measure them on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--choose",
+        type=_positive_int,
+        default=3,
+        help="how many checkpoints to propose (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="directory for checkpoints.html and, for each proposal, a file for "
+        "--checkpoint-weights",
+    )
+    _add_overwrite(parser)
+    _add_extraction_options(parser)
+
+
+def _add_extraction_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which gradients are taken, and how."""
+    _add_model_options(parser)
     parser.add_argument(
         "--checkpoint-weights",
-        choices=("recorded", "equal"),
+        metavar="recorded|equal|FILE",
         default="recorded",
-        help="weigh checkpoints by their recorded learning rates, as TracInCP does, or alike "
-        "(default: %(default)s)",
+        help="weigh checkpoints by their recorded learning rates, as TracInCP does, or alike, or "
+        "as a JSON file says, with a weight for each checkpoint id to use (default: %(default)s)",
     )
     parser.add_argument(
         "--layers",
-        metavar="last|all-dense|NAME,...",
+        metavar="last|all-dense|all|NAME,...",
         default="last",
-        help="dense layers whose gradients count: the last, all that are trained, or those named "
-        "(default: %(default)s)",
+        help="layers whose gradients count: the last dense one, all dense ones, also convolutions "
+        "and embeddings, or those named; frozen ones only if named (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
@@ -79,10 +124,58 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how checkpoints become models."""
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION|FILE",
+        help="where the network comes from, if the checkpoints hold weights alone "
+        "(.weights.h5, TensorFlow checkpoints, SavedModels): a function that returns a built "
+        "model, or a .keras file",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module that registers custom layers or losses; may be repeated",
+    )
+    parser.add_argument(
+        "--allow-unsafe-model",
+        action="store_true",
+        help="load Lambda layers, which run code that the checkpoint contains",
+    )
+    parser.add_argument(
+        "--loss",
+        metavar="NAME?OPTION=VALUE",
+        help="loss that the checkpoint files were trained with, where no checkpoints.json says it, "
+        "such as sparse_categorical_crossentropy?from_logits=true",
+    )
+    parser.add_argument(
+        "--learning-rates",
+        metavar="RATE,...",
+        type=_rates,
+        help="learning rate of each checkpoint file, where no checkpoints.json says them",
+    )
+    parser.add_argument(
+        "--model-output",
+        metavar="NAME",
+        help="the output that the loss is taken of, where the model has several and no "
+        "checkpoints.json says it",
+    )
+
+
 def _influence_options(parser: argparse.ArgumentParser) -> None:
     _job_options(parser)
     parser.add_argument(
         "--queries", metavar="SPEC", required=True, help="query examples, given as for --examples"
+    )
+    parser.add_argument(
+        "--query-loss",
+        metavar="NAME?OPTION=VALUE",
+        help="what the query examples are asked about, instead of the training loss: another "
+        "loss, or margin, binary_margin, logit or entropy",
     )
     parser.add_argument(
         "--k",
@@ -119,6 +212,16 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _rates(text: str) -> list[float]:
+    """Converts an option's value to learning rates."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected numbers separated by commas"
+        ) from error
+
+
 COMMANDS = {
     "demo": Command(
         "pipelines.demo",
@@ -126,6 +229,15 @@ COMMANDS = {
         "Flips 10 % of the labels of scikit-learn's handwritten digits, trains a small network,\n"
         "finds the flipped labels, corrects them, trains again, and writes DIR/report.html.",
         _demo_options,
+    ),
+    "checkpoints": Command(
+        "pipelines.checkpoints",
+        "list the checkpoints of a training run, and propose which to use",
+        "Lists the checkpoints of a run: loss, learning rate, how much the loss fell, and with\n"
+        "--examples their gradients and part of the influence. Proposes some of them: those\n"
+        "where the loss fell most, those of lowest validation loss, and evenly spaced ones.",
+        _checkpoints_options,
+        uses_beam=False,
     ),
     "self-influence": Command(
         "pipelines.self_influence",
@@ -156,12 +268,14 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     parser = _Parser(
         prog=f"tracin {name}",
         description=command.description,
-        epilog=_EPILOG,
+        epilog=_EPILOG if command.uses_beam else None,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_options(parser)
     parser.set_defaults(command=name)
+    if not command.uses_beam:
+        return parser.parse_args(argv), []
     options, rest = parser.parse_known_args(argv)
     if rest:
         _check_beam_arguments(parser, rest)

@@ -9,16 +9,8 @@ from typing import Any
 import apache_beam as beam
 
 from pipelines.execution import run_pipeline
-from pipelines.job import (
-    BLOCK_ROWS,
-    check_unchanged,
-    describe_run,
-    keras_extractor,
-    open_inputs,
-    open_output,
-    shown,
-    staged_output,
-)
+from pipelines.inputs import BLOCK_ROWS, check_unchanged, describe_run, keras_extractor, open_inputs
+from pipelines.outputs import open_output, shown, staged_output
 from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence
 from tracin_transforms.storage.manifest import write_manifest
@@ -32,7 +24,9 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         InputError: An input or the output directory cannot be used.
     """
     inputs = open_inputs(options)
-    described = describe_run(options, inputs)
+    described = describe_run(
+        options, inputs.series, inputs.weights, examples=inputs.source.fingerprint()
+    )
     output = open_output(options, described)
     if done := output.already_done():
         return done

@@ -165,7 +165,7 @@ def test_blocks_are_as_large_as_memory_has_room_for(tmp_path):
     series = save_series(tmp_path, [_shared(), _shared()])
     loaded = KerasFactorExtractor(series).load()
     assert loaded.block_rows(2048) == 2048
-    assert loaded.block_rows(10**9) == 2**28 // (4 * 2 * (8 + CLASSES))
+    assert loaded.block_rows(10**9) == 2**27 // (4 * 2 * (8 + CLASSES))
     subclassed = tmp_path / "subclassed"
     subclassed.mkdir()
     loaded = KerasFactorExtractor(save_series(subclassed, [_subclassed()])).load()

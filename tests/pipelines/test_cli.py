@@ -34,7 +34,6 @@ def test_each_command_has_help(command, capsys):
         (["influence", *JOB, "--queries", "npz:q.npz", "--k", "x"], "'x': expected a whole number"),
         (["self-influence", *JOB[2:]], "required: --checkpoints"),
         (["self-influence", *JOB, "--batch-size", "-3"], "'-3': expected a whole number"),
-        (["self-influence", *JOB, "--checkpoint-weights", "1"], "invalid choice: '1'"),
         (["self-influence", *JOB, "--ouput=x"], r"--ouput (did you mean --output?)"),
         (["self-influence", *JOB, "--direct_num_worker=2"], "(did you mean --direct_num_workers?)"),
         (["self-influence", *JOB, "--direct_num_workers=two"], "invalid int value: 'two'"),

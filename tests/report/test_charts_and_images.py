@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tracin_transforms.report.charts import Line, share_chart
+from tracin_transforms.report.charts import Line, line_chart, number_axis, share_axis
 from tracin_transforms.report.images import png_data_uri
 
 
@@ -25,10 +25,27 @@ def test_other_arrays_are_no_images(image):
 
 def test_chart_places_points_and_escapes_text():
     x = np.linspace(0, 1, 11)
-    svg = share_chart([Line("<b>me</b>", "series-1", x, x**2)], "a & b", '"found"', marks=[0.5])
+    svg = line_chart(
+        [Line("<b>me</b>", "series-1", x, x**2)],
+        share_axis("a & b"),
+        share_axis('"found"'),
+        marks=[0.5],
+        tip=lambda line, x, y: f"{line.name}: {y:.2f} at {x:.1f}",
+    )
 
     assert 'cx="332.0" cy="223.5"' in svg  # the middle of 52..612, a quarter up of 294..12
-    assert "&lt;b&gt;me&lt;/b&gt;: 25 % found after inspecting 50 %" in svg
+    assert "&lt;b&gt;me&lt;/b&gt;: 0.25 at 0.5" in svg
     assert "<b>" not in svg
     assert "a &amp; b" in svg
     assert "&#34;found&#34;" in svg
+    assert svg.count("75 %") == 2
+
+
+@pytest.mark.parametrize(
+    ("largest", "ticks"),
+    [(2.3, (0, 1, 2, 3)), (5628, (0, 2000, 4000, 6000)), (1, (0, 0.25, 0.5, 0.75, 1)), (0, None)],
+)
+def test_axes_have_round_steps(largest, ticks):
+    axis = number_axis("steps", np.array([0.0, largest]))
+    assert axis.ticks == pytest.approx(ticks or (0, 0.25, 0.5, 0.75, 1))
+    assert axis.place(axis.ticks[-1]) == 1

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import apache_beam as beam
@@ -97,10 +98,22 @@ class _ExtractShard(beam.DoFn):
         self._loaded = self._extractor.acquire()
 
     def process(self, shard: Shard) -> Iterator[FactorBlock]:
-        rows = self._loaded.block_rows(self._block_rows)
-        for batch in self._source.read(shard, rows):
-            block = self._loaded.extract(batch)
+        for block in one_ahead(self._blocks(shard)):
             yield block
             self._examples.inc(len(block))
             if self._progress is not None:
                 mark(self._progress / f"{block.shard}-{block.start:012d}-{len(block)}")
+
+    def _blocks(self, shard: Shard) -> Iterator[FactorBlock]:
+        rows = self._loaded.block_rows(self._block_rows)
+        for batch in self._source.read(shard, rows):
+            yield self._loaded.extract(batch)
+
+
+def one_ahead(blocks: Iterator[FactorBlock]) -> Iterator[FactorBlock]:
+    """Yields blocks in order; while one is in use, the next is made in another thread."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = pool.submit(next, blocks, None)
+        while (block := ahead.result()) is not None:
+            ahead = pool.submit(next, blocks, None)
+            yield block

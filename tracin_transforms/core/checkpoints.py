@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,35 @@ class CheckpointSeries:
                 "checkpoints alike with --checkpoint-weights equal"
             )
         return rates
+
+    def chosen(self, weights: Mapping[str, float]) -> tuple["CheckpointSeries", np.ndarray]:
+        """Returns the run with some of its checkpoints, and what these weigh.
+
+        Args:
+            weights: Weight of each checkpoint by its id; those without one, or of weight 0, are
+                left out.
+
+        Raises:
+            InputError: There is no such checkpoint, a weight is no number, or none is left.
+        """
+        unknown = sorted(weights.keys() - {checkpoint.id for checkpoint in self.checkpoints})
+        if unknown:
+            raise InputError(
+                f"there is no checkpoint {unknown[0]!r} in the run: expected some of "
+                f"{', '.join(checkpoint.id for checkpoint in self.checkpoints)}"
+            )
+        for name, weight in weights.items():
+            if not _is_rate(weight):
+                raise InputError(
+                    f"checkpoint {name!r} has the weight {weight!r}, expected a finite number >= 0"
+                )
+        left = [checkpoint for checkpoint in self.checkpoints if weights.get(checkpoint.id)]
+        if not left:
+            raise InputError("no checkpoint has a weight above 0: expected at least one")
+        return (
+            replace(self, checkpoints=tuple(left)),
+            np.array([weights[checkpoint.id] for checkpoint in left], dtype=np.float64),
+        )
 
 
 def series_to_json(series: CheckpointSeries) -> dict[str, Any]:

@@ -52,6 +52,18 @@ class InfluenceRows:
         """The influence, summed over checkpoints and layers, shape [m], float64."""
         return self.parts.sum(axis=(1, 2))
 
+    def joined(self, other: "InfluenceRows") -> "InfluenceRows":
+        """Returns the rows of both."""
+        # No rows have the labels of the queries, whose kind another loss may have made another.
+        if not len(self) or not len(other):
+            return self if len(self) else other
+        return InfluenceRows(
+            *(
+                np.concatenate([getattr(self, field.name), getattr(other, field.name)])
+                for field in fields(self)
+            )
+        )
+
     def take(self, selection: np.ndarray) -> "InfluenceRows":
         """Returns the selected rows, in the order of the selection."""
         return InfluenceRows(*(getattr(self, field.name)[selection] for field in fields(self)))
@@ -166,12 +178,7 @@ def _candidates(
 
 def _strongest(known: InfluenceRows, found: InfluenceRows, k: int, sign: int) -> InfluenceRows:
     """Returns the k largest sign * influence > 0 of each query, in the ranking's order."""
-    joined = InfluenceRows(
-        *(
-            np.concatenate([getattr(known, field.name), getattr(found, field.name)])
-            for field in fields(InfluenceRows)
-        )
-    )
+    joined = known.joined(found)
     signed = sign * joined.influence
     order = np.lexsort((joined.example_ids, -signed, joined.query_rows))
     order = order[signed[order] > 0]

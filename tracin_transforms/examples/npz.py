@@ -1,60 +1,81 @@
-"""Examples in a NumPy archive: arrays of inputs, targets and, if there are any, ids."""
+"""Examples in a NumPy archive: arrays of inputs, targets and, if there are any, ids and weights."""
 
 import functools
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.example_ids import check_unique
 from tracin_transforms.core.protocols import ExampleBatch, Shard
+from tracin_transforms.examples.npy_rows import Rows, open_rows, verify
 from tracin_transforms.storage.files import existing_file, sha256
+
+# Several blocks, so that one can be read while another is scored; and a few shards at least, so
+# that workers share even small data.
+_SHARD_SIZE = 8192
+_FEWEST_SHARDS = 4
+_SMALLEST_SHARD = 256
 
 
 @dataclass(frozen=True)
 class NpzExamples:
     """Examples from the arrays of an ``.npz`` file.
 
-    Each process reads the arrays into memory once. Without an array of ids, the example in row i
-    of ``train.npz`` has the id ``train:i``.
+    Rows are read when they are wanted, if `numpy.savez` wrote the file; what
+    `numpy.savez_compressed` wrote, each process reads into memory. Without an array of ids, the
+    example in row i of ``train.npz`` has the id ``train:i``.
 
     Attributes:
         path: The file.
-        inputs: Name of the array of model inputs, shape [n, ...], numeric.
+        inputs: Name of the array of model inputs, shape [n, ...], or pairs of the names of a
+            model's inputs and of their arrays.
         targets: Name of the array of labels, shape [n] integer or [n, C] one-hot.
         example_ids: Name of the array of ids, shape [n], strings or integers; None for none.
-        shard_size: Examples per shard.
+        sample_weights: Name of the array of weights of the examples' losses, shape [n]; None for
+            none.
+        shard_size: Examples per shard; by default up to 8,192.
     """
 
     path: str
-    inputs: str = "x"
+    inputs: str | tuple[tuple[str, str], ...] = "x"
     targets: str = "y"
     example_ids: str | None = None
-    shard_size: int = 2048
+    sample_weights: str | None = None
+    shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
+        if self.shard_size is not None and self.shard_size < 1:
             raise InputError(f"shard_size is {self.shard_size}, expected at least 1")
 
     def shards(self) -> tuple[Shard, ...]:
-        """Returns runs of `shard_size` consecutive examples, in order, after reading the file.
+        """Returns runs of `shard_size` consecutive examples, in order, after checking the file.
 
         Raises:
-            InputError: The file is missing, no archive or truncated; an array is missing, empty,
-                not numeric or of another length; an example id occurs twice.
+            InputError: The file is missing, no archive or damaged; an array is missing, empty, not
+                numeric or of another length; an example id occurs twice.
         """
-        count = len(self._arrays().example_ids)
-        number = -(-count // self.shard_size)
+        file = existing_file(self.path, "examples file")
+        arrays = self._arrays()
+        verify(file, list(arrays))
+        count = arrays[self.targets].shape[0]
+        if self.example_ids is not None:
+            try:
+                check_unique(arrays[self.example_ids][:].astype(str))
+            except InputError as error:
+                raise InputError(f"{str(file)!r}: {error}") from error
+        size = self.shard_size or min(
+            _SHARD_SIZE, max(_SMALLEST_SHARD, -(-count // _FEWEST_SHARDS))
+        )
+        number = -(-count // size)
         return tuple(
             Shard(
                 name=f"{Path(self.path).stem}-{i:05d}-of-{number:05d}",
-                start=i * self.shard_size,
-                count=min(self.shard_size, count - i * self.shard_size),
+                start=i * size,
+                count=min(size, count - i * size),
             )
             for i in range(number)
         )
@@ -65,104 +86,72 @@ class NpzExamples:
         end = shard.start + shard.count
         for start in range(shard.start, end, batch_size):
             rows = slice(start, min(start + batch_size, end))
+            weights = self.sample_weights
             yield ExampleBatch(
                 shard=shard.name,
                 start=start - shard.start,
-                example_ids=arrays.example_ids[rows],
-                inputs=arrays.inputs[rows],
-                targets=arrays.targets[rows],
+                example_ids=self._ids(arrays, rows),
+                inputs=arrays[self.inputs][rows]
+                if isinstance(self.inputs, str)
+                else {name: arrays[array][rows] for name, array in self.inputs},
+                targets=arrays[self.targets][rows],
+                sample_weights=None if weights is None else arrays[weights][rows].astype(float),
             )
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the file's name and content hash, and which arrays are read."""
         file = existing_file(self.path, "examples file")
+        arrays = [self.inputs, self.targets, self.example_ids]
         return {
             "kind": "npz",
             "file": file.name,
             "sha256": sha256(file),
-            "arrays": [self.inputs, self.targets, self.example_ids],
+            "arrays": [*arrays, *filter(None, [self.sample_weights])],
         }
 
-    def _arrays(self) -> "_Arrays":
+    def _ids(self, arrays: dict[str, Rows], rows: slice) -> np.ndarray:
+        if self.example_ids is not None:
+            return arrays[self.example_ids][rows].astype(str)
+        stem = Path(self.path).stem
+        return np.array([f"{stem}:{i}" for i in range(rows.start, rows.stop)])
+
+    def _arrays(self) -> dict[str, Rows]:
         file = existing_file(self.path, "examples file")
-        changed = file.stat().st_mtime_ns
-        return _read_arrays(file, changed, self.inputs, self.targets, self.example_ids)
-
-
-class _Arrays(NamedTuple):
-    inputs: np.ndarray
-    targets: np.ndarray
-    example_ids: np.ndarray
+        return _open_arrays(file, file.stat().st_mtime_ns, self)
 
 
 # The training examples and the queries of one job.
 @functools.lru_cache(maxsize=2)
-def _read_arrays(
-    file: Path, _changed: int, inputs_name: str, targets_name: str, ids_name: str | None
-) -> _Arrays:
-    names = [inputs_name, targets_name] + ([ids_name] if ids_name is not None else [])
-    found = _load(file, names)
-    inputs, targets = found[inputs_name], found[targets_name]
-    lengths = {name: len(found[name]) if found[name].ndim else 0 for name in names}
+def _open_arrays(file: Path, _changed: int, source: NpzExamples) -> dict[str, Rows]:
+    inputs = source.inputs if not isinstance(source.inputs, str) else (("", source.inputs),)
+    input_names = [array for _, array in inputs]
+    ids, weights = source.example_ids, source.sample_weights
+    names = [*input_names, source.targets, *filter(None, (ids, weights))]
+    hint = f"name the arrays as in npz:{file.name}?x=images&y=labels&id=ids"
+    arrays = open_rows(file, list(dict.fromkeys(names)), hint)
+    lengths = {name: rows.shape[0] if rows.shape else 0 for name, rows in arrays.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name!r} has {length}" for name, length in lengths.items())
         raise InputError(f"{str(file)!r}: arrays differ in length: {listed}; expected the same")
-    count = lengths[inputs_name]
-    if not count:
-        raise InputError(f"{str(file)!r}: array {inputs_name!r} is empty: expected examples")
-    for name in (inputs_name, targets_name):
-        if found[name].dtype.kind not in "iufb":
+    if not lengths[source.targets]:
+        raise InputError(f"{str(file)!r}: array {source.targets!r} is empty: expected examples")
+    for name in input_names:
+        _check_kind(file, name, arrays[name], "iufbUS", "numbers or strings")
+    for name in filter(None, (source.targets, weights)):
+        _check_kind(file, name, arrays[name], "iufb", "numbers")
+    for name in filter(None, (ids, weights)):
+        if len(arrays[name].shape) != 1:
             raise InputError(
-                f"{str(file)!r}: array {name!r} has dtype {found[name].dtype}, expected numbers"
+                f"{str(file)!r}: array {name!r} has shape {arrays[name].shape}, expected one value "
+                "for each example"
             )
-    if ids_name is None:
-        example_ids = np.array([f"{file.stem}:{i}" for i in range(count)])
-    elif found[ids_name].ndim == 1 and found[ids_name].dtype.kind in "iuU":
-        example_ids = found[ids_name].astype(str)
-    else:
+    if ids is not None:
+        _check_kind(file, ids, arrays[ids], "iuUS", "one string or integer for each example")
+    return arrays
+
+
+def _check_kind(file: Path, name: str, rows: Rows, kinds: str, expected: str) -> None:
+    if rows.dtype.kind not in kinds:
         raise InputError(
-            f"{str(file)!r}: array {ids_name!r} has shape {found[ids_name].shape} and dtype "
-            f"{found[ids_name].dtype}, expected one string or integer for each example"
+            f"{str(file)!r}: array {name!r} has dtype {rows.dtype}, expected {expected}"
         )
-    try:
-        check_unique(example_ids)
-    except InputError as error:
-        raise InputError(f"{str(file)!r}: {error}") from error
-    return _Arrays(inputs, targets, example_ids)
-
-
-# What NumPy raises for files that are not whole, or hold more than plain arrays.
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-
-
-def _load(file: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Returns the named arrays; nothing is unpickled."""
-    # Opened here because NumPy leaves a file open that it cannot read.
-    with file.open("rb") as opened:
-        try:
-            archive = np.load(opened, allow_pickle=False)
-        except _UNREADABLE as error:
-            raise InputError(
-                f"{str(file)!r} is not a NumPy archive, or truncated: expected an .npz file as "
-                f"written by numpy.savez ({error})"
-            ) from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{str(file)!r} holds a single array: expected an .npz file")
-        for name in names:
-            if name not in archive.files:
-                raise InputError(
-                    f"{str(file)!r} has no array {name!r}: found {', '.join(archive.files)}; name "
-                    f"the arrays as in npz:{file.name}?x=images&y=labels&id=ids"
-                )
-        return {name: _array(file, archive, name) for name in names}
-
-
-def _array(file: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
-    try:
-        found: np.ndarray = archive[name]
-    except _UNREADABLE as error:
-        raise InputError(
-            f"{str(file)!r}: array {name!r} cannot be read: expected plain numbers or strings in a "
-            f"complete file, such as ids.astype(str) instead of objects ({error})"
-        ) from error
-    return found

@@ -4,10 +4,10 @@ To add a kind of source: write its module beside this one and register it in `_K
 """
 
 from collections.abc import Callable
-from urllib.parse import parse_qsl
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.protocols import ExampleSource
+from tracin_transforms.core.specs import split_spec
 from tracin_transforms.examples.npz import NpzExamples
 
 
@@ -23,27 +23,29 @@ def parse_spec(spec: str) -> ExampleSource:
             f"examples {spec!r}: unknown kind of source {kind if separator else ''!r}, expected "
             f"one of {', '.join(f'{name}:' for name in sorted(_KINDS))} as in npz:train.npz"
         )
-    path, _, query = rest.partition("?")
+    path, options = split_spec(rest, f"examples {kind}:")
     if not path:
         raise InputError(f"examples {spec!r}: expected a path after {kind + ':'!r}")
-    try:
-        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
-    except ValueError as error:
-        raise InputError(
-            f"examples {spec!r}: {query!r} after '?' is not of the form name=value&name=value"
-        ) from error
     return _KINDS[kind](spec, path, options)
 
 
 def _npz(spec: str, path: str, options: dict[str, str]) -> ExampleSource:
-    unknown = sorted(options.keys() - {"x", "y", "id"})
+    by_input = {n.removeprefix("x."): v for n, v in options.items() if n.startswith("x.")}
+    known = {"x", "y", "id", "weight"}
+    unknown = sorted(name for name in options.keys() - known if not name.startswith("x."))
     if unknown:
-        raise InputError(f"examples {spec!r}: unknown option {unknown[0]!r}, expected x, y or id")
+        raise InputError(
+            f"examples {spec!r}: unknown option {unknown[0]!r}, expected x (or x.NAME for each of "
+            "a model's inputs), y, id or weight"
+        )
+    if by_input and "x" in options:
+        raise InputError(f"examples {spec!r}: x and x.NAME: expected either one or the other")
     return NpzExamples(
         path,
-        inputs=options.get("x", "x"),
+        inputs=tuple(by_input.items()) or options.get("x", "x"),
         targets=options.get("y", "y"),
         example_ids=options.get("id"),
+        sample_weights=options.get("weight"),
     )
 
 

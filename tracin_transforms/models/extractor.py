@@ -29,7 +29,8 @@ from tracin_transforms.models.training_loss import TrainingLoss, loss_of_series
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
 _CHECKED_EXAMPLES = 4
 
-_BLOCK_BYTES = 256 * 2**20
+# Two blocks are in memory at a time: one is scored while the next is made.
+_BLOCK_BYTES = 128 * 2**20
 _ROWS_OF_UNKNOWN_SIZE = 256
 
 
@@ -135,7 +136,7 @@ class LoadedKerasExtractor:
         return block
 
     def block_rows(self, limit: int) -> int:
-        """Returns how many examples, at most `limit`, make a block of no more than 256 MiB."""
+        """Returns how many examples, at most `limit`, make a block of no more than 128 MiB."""
         numbers = self._numbers_per_example
         if numbers is None:
             # A model that Keras has no graph of shows its layers with the first examples only.
@@ -176,6 +177,7 @@ class LoadedKerasExtractor:
             ) from error
         weights = weights_of_classes(kind, rows, self._description.series.class_weights)
         if batch.sample_weights is not None:
+            _check_weights(batch)
             weights = weights * batch.sample_weights
         return Targets(batch.targets, rows, weights)
 
@@ -195,6 +197,16 @@ def _kind_of_targets(loss: TrainingLoss, targets: np.ndarray, shape: tuple[int, 
         return known.targets
     is_index = targets.ndim <= len(shape) and targets.dtype.kind in "iu" and shape[-1] > 1
     return "index" if is_index else "value"
+
+
+def _check_weights(batch: ExampleBatch) -> None:
+    weights = np.asarray(batch.sample_weights)
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        raise InputError(
+            f"example {str(batch.example_ids[bad[0]])!r} of shard {batch.shard!r} has the weight "
+            f"{weights[bad[0]]}: expected a finite number >= 0"
+        )
 
 
 def _check_inputs_finite(batch: ExampleBatch) -> None:

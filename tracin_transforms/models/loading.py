@@ -128,7 +128,9 @@ def _load_keras_file(path: str, what: str, allow_unsafe: bool) -> keras.Model:
         model = keras.saving.load_model(path, compile=False, safe_mode=not allow_unsafe)
     # Keras raises many kinds of exceptions for files that are not what it expects.
     except Exception as error:
-        raise InputError(f"{what}{path!r} cannot be loaded as a Keras model: {_reason(error)}") from error
+        raise InputError(
+            f"{what}{path!r} cannot be loaded as a Keras model: {_reason(error)}"
+        ) from error
     if not isinstance(model, keras.Model):
         raise InputError(f"{what}{path!r} holds a {type(model).__name__}, expected a Keras model")
     _restore_lora_scales(model, _network_config(path))

@@ -76,7 +76,8 @@ class TrainingLoss:
             targets = targets[..., None]
         more = {} if self.from_logits is None else {"from_logits": self.from_logits}
         found = _keras_loss(self.name)
-        if inspect.isclass(found):
+        is_class = inspect.isclass(found)
+        if is_class:
             losses = found.from_config(dict(self.options)).call(targets, outputs)
         else:
             losses = found(targets, outputs, **more, **self.options)

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.evaluation import average_precision, recovery_curve, share_found
-from tracin_transforms.report.charts import Line, share_chart
+from tracin_transforms.report.charts import Line, line_chart, share_axis
+from tracin_transforms.report.pages import render_page
 
 INSPECTED = (0.05, 0.1, 0.2)
 
@@ -84,15 +83,9 @@ def shares_found(ranking: Ranking) -> list[float]:
 
 def render_demo_page(results: DemoResults) -> str:
     """Returns the page's HTML. All text in it is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     first = results.rankings[0]
-    return environment.get_template("demo.html").render(
+    return render_page(
+        "demo.html",
         results=results,
         inspected=INSPECTED,
         table=[
@@ -119,6 +112,12 @@ def _recovery_chart(rankings: Sequence[Ranking]) -> object:
         lines.append(
             Line(ranking.name, f"series-{number}", inspected, recovery_curve(ranking.found))
         )
-    return share_chart(
-        lines, "training examples inspected", "flipped labels found", marks=INSPECTED
+    return line_chart(
+        lines,
+        share_axis("training examples inspected"),
+        share_axis("flipped labels found"),
+        marks=INSPECTED,
+        tip=lambda line, x, y: (
+            f"{line.name}: {100 * y:.0f} % found after inspecting {100 * x:.0f} %"
+        ),
     )

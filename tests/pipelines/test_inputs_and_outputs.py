@@ -4,7 +4,8 @@ import signal
 import numpy as np
 import pytest
 
-from pipelines.job import Output, check_unchanged, shown, staged_output
+from pipelines.inputs import check_unchanged
+from pipelines.outputs import Output, shown, staged_output
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.examples.npz import NpzExamples
 from tracin_transforms.storage.files import StagedDirectory

@@ -1,0 +1,125 @@
+"""Where a job's result goes: staged beside its place, moved there when it is complete."""
+
+import argparse
+import contextlib
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.options import INTERRUPTS
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.storage.files import StagedDirectory, local_path
+from tracin_transforms.storage.manifest import is_finished
+
+
+@dataclass(frozen=True)
+class Output:
+    """The directory that a job's result goes to.
+
+    Attributes:
+        path: The directory, links resolved.
+        run: What determines the result, see `describe_run`.
+        overwrite: Whether an earlier result there may be replaced.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    overwrite: bool
+
+    def already_done(self) -> str | None:
+        """Returns what to tell the user if the directory holds this very result, else None.
+
+        Raises:
+            InputError: It holds something else that is not to be overwritten.
+        """
+        if not is_finished(self.path, self.run, self.overwrite):
+            return None
+        return (
+            f"Already done: {self.path} holds the result of this command. "
+            "--overwrite computes it anew."
+        )
+
+
+def open_output(options: argparse.Namespace, run: dict[str, Any]) -> Output:
+    """Returns the job's output directory; whether it can be used, `already_done` finds out."""
+    return Output(local_path(options.output).resolve(), run, options.overwrite)
+
+
+def shown(value: str | int | float | list[float]) -> str:
+    """Returns an id, a label or a prediction as a summary shows it, on one line."""
+    if isinstance(value, str):
+        return value if value.isprintable() else ascii(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value[:4]))}{', ...' if len(value) > 4 else ''}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Directories of a job in progress.
+
+    Attributes:
+        result: Becomes the output directory.
+        work: For intermediate files.
+        progress: Where finished blocks are noted.
+    """
+
+    result: Path
+    work: Path
+    progress: Path
+
+
+@contextlib.contextmanager
+def staged_output(output: Output) -> Iterator[Staging]:
+    """Gives directories to fill; the result appears at its place when the block succeeds.
+
+    Otherwise nothing remains, except a complete result that could not be moved there.
+
+    Raises:
+        InputError: The output cannot be written, or was taken while the job ran.
+    """
+    path = output.path
+    result, work = StagedDirectory(path), StagedDirectory(path.with_name(f"{path.name}.work"))
+    try:
+        staging = Staging(result.create(), work.create(), work.path / "progress")
+        staging.progress.mkdir()
+        yield staging
+    except BaseException:
+        result.discard()
+        raise
+    finally:
+        work.discard()
+    with _uninterrupted():
+        try:
+            # Once more: hours may have passed, and another job may have finished here.
+            is_finished(path, output.run, output.overwrite)
+            previous = result.publish()
+        except (InputError, OSError) as error:
+            raise InputError(f"{error}. The finished result was kept in {result.path}") from error
+        try:
+            if previous is not None:
+                shutil.rmtree(previous)
+        except OSError as error:
+            print(
+                f"tracin: warning: the result that was replaced could not be removed: {error}",
+                file=sys.stderr,
+            )
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets the moment pass in which a Ctrl-C would leave neither the old result nor the new."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

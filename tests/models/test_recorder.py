@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.models.loading import ModelLoading, load_checkpoints
 from tracin_transforms.models.recorder import CheckpointRecorder
 from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
 
@@ -137,7 +138,7 @@ def test_models_that_could_not_be_used_are_refused_before_training(tmp_path):
         _fit(_model(softmax=True), CheckpointRecorder(tmp_path / "run"))
     model = keras.Sequential([keras.Input((3,)), keras.layers.ReLU()])
     model.compile("sgd", "mse")
-    with pytest.raises(InputError, match="'sequential.*': the model has no Dense or Eins"):
+    with pytest.raises(InputError, match="'sequential.*': the model has no Dense, convol"):
         _fit(model, CheckpointRecorder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -194,7 +195,162 @@ def test_a_directory_with_a_run_is_refused(tmp_path):
     assert len(before["checkpoints"]) == 1
 
 
-@pytest.mark.parametrize("kwargs", [{"every": 0}, {"every": 2, "epochs": [3]}, {"epochs": [0]}])
-def test_bad_arguments(tmp_path, kwargs):
-    with pytest.raises(InputError, match="every"):
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"every": 0}, "every is 0: expected whole numbers"),
+        ({"every": 2, "epochs": [3]}, r"every=2, epochs=\[3\]: expected one of every, epochs"),
+        ({"epochs": [0]}, r"epochs is \[0\]"),
+        ({"steps": []}, r"steps is \[\]"),
+        ({"loss_drop": 1.5}, "loss_drop is 1.5: expected a share"),
+        ({"keep": 0}, "keep is 0"),
+        ({"keep": 2, "keep_by": "luck"}, "keep_by is 'luck': expected one of loss-drop"),
+        ({"every_steps": 2, "keep_by": "validation-loss"}, "known after epochs only"),
+    ],
+)
+def test_bad_arguments(tmp_path, kwargs, message):
+    with pytest.raises(InputError, match=message):
         CheckpointRecorder(tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "steps"),
+    [({"every_steps": 3}, [3, 6, 9, 12]), ({"steps": [1, 5, 11]}, [1, 5, 11])],
+)
+@pytest.mark.parametrize("together", [1, 2])
+def test_steps(tmp_path, kwargs, steps, together):
+    """4 steps an epoch; where Keras takes two at a time, after the second of them."""
+    model = _model(learning_rate=keras.optimizers.schedules.InverseTimeDecay(1.0, 1, 1.0))
+    model.compile(model.optimizer, model.loss, steps_per_execution=together)
+    weights = {}
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            weights[int(self.model.optimizer.iterations)] = self.model.get_weights()[0]
+
+    recorder = CheckpointRecorder(tmp_path, **kwargs)
+    model.fit(X, Y, batch_size=16, epochs=3, verbose=0, shuffle=False, callbacks=[recorder, Keep()])
+    series = read_checkpoint_series(tmp_path)
+    expected = [-(-step // together) * together for step in steps]
+    assert [c.step for c in series.checkpoints] == expected
+    assert [c.id for c in series.checkpoints] == [f"step-{step:06d}" for step in expected]
+    assert {c.epoch for c in series.checkpoints} == {None}
+    # The rate of the first of the steps that Keras took together.
+    rates = [1 / (1 + step - together) for step in expected]
+    np.testing.assert_allclose(series.weights("recorded"), rates, rtol=1e-6)
+    for checkpoint in series.checkpoints:
+        found = keras.saving.load_model(checkpoint.path).get_weights()[0]
+        np.testing.assert_array_equal(found, weights[checkpoint.step])
+
+
+def test_the_loss_at_steps_is_the_mean_since_the_last(tmp_path):
+    """Of a model that does not learn, so that each example's loss is known."""
+    model = _model(learning_rate=0.0)
+    _fit(model, CheckpointRecorder(tmp_path, every_steps=3), epochs=2, shuffle=False)
+    losses = keras.losses.sparse_categorical_crossentropy(Y, model(X), from_logits=True).numpy()
+    batches = np.split(losses, [16, 32, 48]) * 2
+    expected = [np.concatenate(batches[:3]).mean(), np.concatenate(batches[3:6]).mean()]
+    series = read_checkpoint_series(tmp_path)
+    np.testing.assert_allclose([c.loss for c in series.checkpoints], expected, rtol=1e-5)
+
+
+def test_loss_drops(tmp_path):
+    history = _fit(_model(), CheckpointRecorder(tmp_path, loss_drop=0.1), epochs=20)
+    losses, expected = history.history["loss"], [0]
+    for epoch, loss in enumerate(losses):
+        if loss <= 0.9 * losses[expected[-1]]:
+            expected.append(epoch)
+    series = read_checkpoint_series(tmp_path)
+    assert 1 < len(expected) < 20
+    assert [c.epoch for c in series.checkpoints] == [epoch + 1 for epoch in expected]
+
+
+@pytest.mark.parametrize("rule", ["evenly", "loss-drop", "validation-loss"])
+def test_only_so_many_are_kept(tmp_path, rule):
+    recorder = CheckpointRecorder(tmp_path, keep=3, keep_by=rule)
+    history = _fit(_model(), recorder, epochs=12, validation_data=(X[:20], (Y[:20] + 1) % 4))
+    series = read_checkpoint_series(tmp_path)
+    epochs = [c.epoch for c in series.checkpoints]
+    assert len(epochs) == 3
+    validation = history.history["val_loss"]
+    expected = [validation[epoch - 1] for epoch in epochs]
+    assert [c.validation_loss for c in series.checkpoints] == pytest.approx(expected)
+    if rule == "validation-loss":
+        assert sorted(expected) == pytest.approx(sorted(validation)[:3])
+    if rule == "evenly":
+        assert epochs[-1] == 12
+        assert epochs[0] >= 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints.json",
+        *(f"epoch-{epoch:03d}.keras" for epoch in epochs),
+    ]
+
+
+def test_validation_loss_is_asked_for_when_it_is_missing(tmp_path):
+    with pytest.raises(InputError, match="epoch 1 has no validation loss: expected fit"):
+        _fit(_model(), CheckpointRecorder(tmp_path, keep=2, keep_by="validation-loss"))
+
+
+def test_lora_is_recorded_with_its_network(tmp_path):
+    source = keras.Input((3,))
+    model = keras.Model(source, keras.layers.Dense(4, name="logits")(source))
+    model.get_layer("logits").enable_lora(2, lora_alpha=3)
+    model.compile(
+        keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    _fit(model, CheckpointRecorder(tmp_path, every=2, keep=2))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [
+        "checkpoints.json",
+        *(f"epoch-{e:03d}.ckpt{end}" for e in (4, 6) for end in (".data-00000-of-00001", ".index")),
+        "model.keras",
+    ]
+    series = read_checkpoint_series(tmp_path)
+    assert series.model == str(tmp_path / "model.keras")
+    last = load_checkpoints(series, ModelLoading())[-1]
+    for variable, value in zip(last.model.variables, last.values, strict=True):
+        own = next(v for v in model.variables if v.name == variable.name)
+        np.testing.assert_array_equal(value, own)
+    assert last.model.get_layer("logits").lora_alpha == 3
+
+
+def test_one_output_of_several_with_its_loss(tmp_path):
+    source = keras.Input((3,))
+    outputs = {"kind": keras.layers.Dense(4)(source), "size": keras.layers.Dense(1)(source)}
+    model = keras.Model(source, outputs)
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", {"kind": cross_entropy, "size": keras.losses.Huber(delta=0.5)})
+    targets = {"kind": Y, "size": X[:, :1]}
+
+    def fit(recorder):
+        model.fit(X, targets, batch_size=16, epochs=1, verbose=0, callbacks=[recorder])
+
+    with pytest.raises(InputError, match=r"expected one loss; name the output.*output=NAME"):
+        fit(CheckpointRecorder(tmp_path / "none"))
+    with pytest.raises(InputError, match="no loss of an output 'colour': expected one of"):
+        fit(CheckpointRecorder(tmp_path / "none", output="colour"))
+    recorder = CheckpointRecorder(tmp_path / "run", output="size", class_weights={1: 2.0})
+    fit(recorder)
+    series = read_checkpoint_series(tmp_path / "run")
+    assert (series.output, series.loss, series.loss_options) == ("size", "huber", {"delta": 0.5})
+    assert series.class_weights == {1: 2.0}
+
+
+def test_losses_that_are_summed_say_so(tmp_path):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    _fit(_model(loss), CheckpointRecorder(tmp_path), epochs=1)
+    assert read_checkpoint_series(tmp_path).loss_options == {"reduction": "sum"}
+
+
+def test_a_model_without_dense_layers_can_be_recorded(tmp_path):
+    model = keras.Sequential(
+        [
+            keras.Input((3, 1)),
+            keras.layers.Conv1D(4, 2),
+            keras.layers.GlobalAveragePooling1D(),
+        ]
+    )
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    recorder = CheckpointRecorder(tmp_path)
+    model.fit(X[..., None], Y, epochs=1, verbose=0, callbacks=[recorder])
+    assert len(read_checkpoint_series(tmp_path).checkpoints) == 1

@@ -38,6 +38,23 @@ def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Layer
     return found
 
 
+def check_recordable(model: keras.Model, what: str) -> str:
+    """Returns the first choice of layers, of ``last`` and ``all``, that a model has.
+
+    Raises:
+        InputError: It has no layer with factors; the message begins with `what`.
+    """
+    try:
+        candidate_layers(model, LAST)
+    except InputError:
+        try:
+            candidate_layers(model, ALL)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
+        return ALL
+    return LAST
+
+
 def _candidates(model: keras.Model, layers: str) -> list[keras.layers.Layer]:
     every = [layer for layer in all_layers(model) if is_supported(layer)]
     if layers not in (LAST, ALL_DENSE, ALL):

@@ -56,6 +56,16 @@ def written_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def move(source: Path, target: Path) -> None:
+    """Moves a file to its place in the same directory; the last writer wins.
+
+    Raises:
+        InputError: The system refuses.
+    """
+    with _refusals_named(target):
+        os.replace(source, target)
+
+
 @contextlib.contextmanager
 def _refusals_named(path: Path) -> Iterator[None]:
     """Turns an OSError into an InputError; Beam cannot raise a worker's OSError as what it is."""

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.losses import LOSSES, binary_crossentropy, softmax_cross_entropy
-from tracin_transforms.core.targets import (
-    RowError,
-    readable_predictions,
-    readable_targets,
-    target_rows,
+from tracin_transforms.core.losses import (
+    LOSSES,
+    QUERY_LOSSES,
+    binary_crossentropy,
+    margin,
+    softmax_cross_entropy,
 )
+from tracin_transforms.core.targets import target_rows
 
 ALL = sorted(LOSSES)
 
@@ -121,48 +121,35 @@ def test_equal_logits():
     np.testing.assert_allclose(loss, [np.log(3)], rtol=1e-14)
 
 
-def test_targets_become_one_number_for_each_output():
-    one_hot = np.eye(4)[[0, 3, 2]]
-    for indices in (np.array([0, 3, 2]), np.array([[0], [3], [2]])):
-        np.testing.assert_array_equal(target_rows("index", indices, (3, 4)), one_hot)
-    np.testing.assert_array_equal(target_rows("distribution", one_hot, (3, 4)), one_hot)
-    values = np.array([0.5, 1, 2])
-    np.testing.assert_array_equal(target_rows("value", values, (3, 1)), values[:, None])
+@pytest.mark.parametrize("name", sorted(QUERY_LOSSES))
+def test_losses_of_queries(name):
+    formula = QUERY_LOSSES[name]
+    rng = np.random.default_rng(1)
+    y = rng.standard_normal((20, 5)) * 3
+    t = np.eye(5)[rng.integers(0, 5, 20)]
+    if name == "binary_margin":
+        t = rng.integers(0, 2, (20, 5)).astype(float)
+    losses, signals = formula.formula(np, y, t)
+    p = np.exp(y) / np.exp(y).sum(axis=1, keepdims=True)
+    of_label = (p * t).sum(axis=1)
+    sigmoid = 1 / (1 + np.exp(-y))
+    expected = {
+        "margin": lambda: -np.log(of_label / (1 - of_label)),
+        "logit": lambda: -(y * t).sum(axis=1),
+        "entropy": lambda: -(p * np.log(p)).sum(axis=1),
+        "binary_margin": lambda: np.mean((1 - 2 * t) * np.log(sigmoid / (1 - sigmoid)), axis=1),
+    }[name]()
+    np.testing.assert_allclose(losses, expected, rtol=1e-9)
+    for c in range(5):
+        step = np.eye(5)[c] * 1e-6
+        above, below = formula.formula(np, y + step, t)[0], formula.formula(np, y - step, t)[0]
+        np.testing.assert_allclose(signals[:, c], (above - below) / 2e-6, rtol=1e-4, atol=1e-8)
 
 
-def test_labels_and_predictions_for_a_reader():
-    rows = np.eye(4)[[0, 3]]
-    assert readable_targets("index", rows).tolist() == [0, 3]
-    assert readable_predictions("distribution", -rows).tolist() == [1, 0]
-    binary = np.array([[1.0], [0.0]])
-    assert readable_targets("binary", binary).dtype == np.int32
-    assert readable_targets("binary", binary).tolist() == [1, 0]
-    assert readable_targets("binary", np.array([[0.5], [1]])).dtype == np.float32
-    assert readable_predictions("binary", np.array([[-1.0, 2.0]])).tolist() == [[0, 1]]
-    assert readable_targets("value", np.array([[1.5], [2]])).tolist() == [1.5, 2]
-    assert readable_predictions("value", np.array([[1.0, 2]])).dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("kind", "targets", "message"),
-    [
-        ("index", [0, 3, 4], r"row 2: label 4 is out of range.*expected 0 to 3"),
-        ("index", [-1, 3, 0], "row 0: label -1"),
-        ("distribution", [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]], "row 1: .* is not one-hot"),
-        ("distribution", [[1, 0, 0, 0], [2, -1, 0, 0], [0, 0, 0, 1]], "row 1: .* is not one-hot"),
-        ("binary", [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 3, 0]], "row 2: .* is not 0 or 1"),
-        ("value", [[0, 0, 1, 0], [0, np.nan, 0, 0], [0, 0, 3, 0]], "row 1: .* is not finite"),
-    ],
-)
-def test_bad_targets_are_named(kind, targets, message):
-    with pytest.raises(RowError, match=message):
-        target_rows(kind, np.array(targets), (3, 4))
-
-
-def test_targets_of_another_kind_are_refused():
-    with pytest.raises(InputError, match="one-hot labels need categorical_crossentropy"):
-        target_rows("index", np.eye(4)[:3], (3, 4))
-    with pytest.raises(InputError, match="integer labels need sparse_categorical_crossentropy"):
-        target_rows("distribution", np.array([0, 1, 2]), (3, 4))
-    with pytest.raises(InputError, match=r"shape \(3, 2\), expected \(3, 4\)"):
-        target_rows("value", np.zeros((3, 2)), (3, 4))
+def test_the_margin_of_a_well_fitted_example_keeps_its_gradient():
+    """That of the cross-entropy is gone: p is 1 in float64."""
+    y, t = np.array([[60.0, 2.0, 1.0]]), np.array([[1.0, 0.0, 0.0]])
+    loss, signals = margin(np, y, t)
+    rivals = np.exp([2.0, 1.0])
+    np.testing.assert_allclose(loss, [np.log(rivals.sum()) - 60], rtol=1e-14)
+    np.testing.assert_allclose(signals, [[-1, *rivals / rivals.sum()]], rtol=1e-14)

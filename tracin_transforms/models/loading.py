@@ -211,7 +211,20 @@ def _network_config(path: str) -> Any:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         # Whoever loads it finds out what is wrong.
         return None
-    return {key: config[key] for key in config if key != "compile_config"}
+    return _without_object_ids({k: config[k] for k in config if k != "compile_config"})
+
+
+def _without_object_ids(config: Any) -> Any:
+    """Leaves out where shared objects, such as policies of dtypes, lay in memory."""
+    if isinstance(config, list):
+        return [_without_object_ids(part) for part in config]
+    if isinstance(config, dict):
+        return {
+            key: _without_object_ids(part)
+            for key, part in config.items()
+            if key != "shared_object_id"
+        }
+    return config
 
 
 def _is_all_variables(model: keras.Model) -> bool:

@@ -15,7 +15,7 @@ def _seeded():
 
 def batch_of(inputs, targets, ids=None):
     if ids is None:
-        ids = np.array([f"z{i:03d}" for i in range(len(inputs))])
+        ids = np.array([f"z{i:03d}" for i in range(len(targets))])
     return ExampleBatch("shard-0", 0, ids, inputs, targets)
 
 

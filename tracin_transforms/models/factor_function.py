@@ -223,10 +223,12 @@ class FactorFunction:
             # The last that leads to the output: there may be others behind another one.
             for layer in dict.fromkeys(tap.layer for tap in reversed(taps)):
                 own = [tap for tap in taps if tap.layer is layer]
+                _check_reachable(own)
                 signals = end.signals(own)
                 if any(signal is not None for signal in signals):
                     return own, signals
         else:
+            _check_reachable(taps)
             signals = end.signals(taps)
             every = self._choice in (ALL, ALL_DENSE)
             reached = {t.layer for t, s in zip(taps, signals, strict=True) if s is not None}
@@ -246,6 +248,16 @@ class FactorFunction:
                     f"{len(activations)} rows for {n} examples: expected each example to have its "
                     "own row, with positions on other axes"
                 )
+
+
+def _check_reachable(taps: Sequence[Tap]) -> None:
+    graph = tf.compat.v1.get_default_graph()
+    for tap in taps:
+        if tap.pre_activations.graph is not graph:
+            raise InputError(
+                f"layer {tap.layer.name!r} is called within a loop, such as that of a recurrent "
+                "network: expected layers outside; name those to take with --layers"
+            )
 
 
 def _any_number_of(array: np.ndarray) -> tf.TensorSpec:

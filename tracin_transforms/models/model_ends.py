@@ -93,7 +93,7 @@ class ModelEnds:
         Raises:
             InputError: There is none of that name, or several of which none is named.
         """
-        names = list(getattr(self._model, "output_names", []))
+        names = output_names(self._model)
         if isinstance(outputs, Mapping):
             named = dict(outputs)
         elif isinstance(outputs, list | tuple):
@@ -155,6 +155,13 @@ class ModelEnds:
 def input_structure(model: keras.Model) -> Any:
     """Returns the inputs that a model declares, in a list or dictionary where it has several."""
     return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def output_names(model: keras.Model) -> list[str]:
+    """Returns the names of a model's outputs; a subclassed model has none."""
+    if isinstance(model, keras.Sequential):
+        return [layer.name for layer in model.layers[-1:]]
+    return list(getattr(model, "output_names", []))
 
 
 def kinds(inputs: Inputs) -> Any:

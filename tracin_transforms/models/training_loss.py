@@ -11,6 +11,7 @@ import tensorflow as tf
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.losses import LOSSES, QUERY_LOSSES, LossFormula
+from tracin_transforms.models.model_ends import output_names
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ class TrainingLoss:
         Raises:
             InputError: The loss is one number for the whole batch.
         """
+        outputs = _widened(outputs)
         if self.name in QUERY_LOSSES:
-            outputs = tf.cast(outputs, tf.float32)
-            logits = outputs if self.from_logits else _logits(outputs, QUERY_LOSSES[self.name].end)
+            logits = outputs if self.from_logits else self._logits(outputs)
             losses, _ = QUERY_LOSSES[self.name].formula(
-                keras.ops, logits, tf.cast(rows, tf.float32)
+                keras.ops, logits, tf.cast(rows, logits.dtype)
             )
             return losses
+        targets = tf.cast(targets, outputs.dtype)
         if len(targets.shape) == len(outputs.shape) - 1 and outputs.shape[-1] == 1:
             targets = targets[..., None]
         more = {} if self.from_logits is None else {"from_logits": self.from_logits}
@@ -84,6 +86,19 @@ class TrainingLoss:
         if not losses.shape.rank:
             raise InputError(f"loss {self.name!r} gives one number for a batch, not one an example")
         return losses
+
+    def _logits(self, probabilities: tf.Tensor) -> tf.Tensor:
+        logits = getattr(probabilities, "_keras_logits", None)
+        if logits is not None:
+            return logits
+        if self.name == "logit":
+            raise InputError(
+                "the model hides the logits behind its probabilities, which do not tell them: "
+                "expected margin instead of logit"
+            )
+        logs = tf.math.log(probabilities)
+        is_softmax = QUERY_LOSSES[self.name].end == "softmax"
+        return logs if is_softmax else logs - tf.math.log1p(-probabilities)
 
     def check(self) -> None:
         """Raises InputError if there is no such loss, or the loss has no such option."""
@@ -148,7 +163,7 @@ def loss_of_model(model: keras.Model, output: str | None = None) -> TrainingLoss
 
 def _loss_of_output(model: keras.Model, output: str | None) -> Any:
     losses = model.loss
-    names = list(getattr(model, "output_names", []))
+    names = output_names(model)
     if isinstance(losses, list | tuple) and len(losses) == len(names):
         losses = dict(zip(names, losses, strict=True))
     if output is None:
@@ -208,6 +223,12 @@ def _keras_loss(name: str) -> Any:
     return getattr(found, "fn", found)
 
 
-def _logits(probabilities: tf.Tensor, end: str | None) -> tf.Tensor:
-    logs = tf.math.log(probabilities)
-    return logs if end == "softmax" else logs - tf.math.log1p(-probabilities)
+def _widened(outputs: tf.Tensor) -> tf.Tensor:
+    """Returns outputs in float32 or wider, as Keras gives them to a loss."""
+    if outputs.dtype in (tf.float32, tf.float64):
+        return outputs
+    wide = tf.cast(outputs, tf.float32)
+    logits = getattr(outputs, "_keras_logits", None)
+    if logits is not None:
+        wide._keras_logits = tf.cast(logits, tf.float32)
+    return wide

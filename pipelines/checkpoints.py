@@ -100,18 +100,19 @@ def _summaries(
 
 
 def _sample(source: ExampleSource, number: int, batch_size: int) -> Iterator[ExampleBatch]:
-    """Yields about `number` examples, from the beginnings of evenly spaced shards."""
+    """Yields `number` examples, if there are so many in the shards, from evenly spaced ones."""
     shards = source.shards()
     places = np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int))
-    left = number
-    for i, place in enumerate(places):
-        wanted = -(-left // (len(places) - i))
-        for batch in source.read(shards[place], min(batch_size, max(1, wanted))):
-            if wanted <= 0:
+    # Small shards first: what they lack, the others give.
+    for i, place in enumerate(sorted(places, key=lambda place: shards[place].count)):
+        wanted = min(shards[place].count, -(-number // (len(places) - i)))
+        number -= wanted
+        for batch in source.read(shards[place], batch_size):
+            taken = batch.rows(slice(0, wanted))
+            if not len(taken):
                 break
-            yield batch.rows(slice(0, wanted))
-            wanted -= len(batch)
-            left -= len(batch)
+            yield taken
+            wanted -= len(taken)
 
 
 def _proposals(summaries: Sequence[CheckpointSummary], number: int) -> dict[str, list[Checkpoint]]:

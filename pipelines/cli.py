@@ -88,4 +88,8 @@ def _set_up_libraries() -> None:
     # Beam logs a worker's exception with its traceback before it raises it to us, and warns of
     # Google Cloud clients that a local run does not need.
     logging.getLogger().addHandler(logging.NullHandler())
+    # Our own messages go to the terminal, also while what libraries say is kept from it.
+    terminal = logging.StreamHandler(os.fdopen(os.dup(2), "w", buffering=1))
+    terminal.setFormatter(logging.Formatter("tracin: %(message)s"))
+    logging.getLogger("tracin_transforms").addHandler(terminal)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)

@@ -171,6 +171,7 @@ def describe_run(
         "model": _described_model(options.model or series.model),
         "output": series.output,
         "layers": options.layers,
+        "precision": options.precision,
         "loss": series.loss,
         "from_logits": series.from_logits,
         "loss_options": dict(series.loss_options),
@@ -197,7 +198,15 @@ def keras_extractor(
     from tracin_transforms.models.loading import ModelLoading
 
     loading = ModelLoading(options.model, tuple(options.imports), options.allow_unsafe_model)
-    return KerasFactorExtractor(series, options.layers, options.batch_size, float64, loading)
+    return KerasFactorExtractor(
+        series,
+        options.layers,
+        options.batch_size,
+        float64,
+        loading,
+        options.precision,
+        options.xla,
+    )
 
 
 def start_tensorflow() -> None:

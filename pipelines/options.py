@@ -117,10 +117,17 @@ def _add_extraction_options(parser: argparse.ArgumentParser) -> None:
         "and embeddings, or those named; frozen ones only if named (default: %(default)s)",
     )
     parser.add_argument(
+        "--precision",
+        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+        help="what the network's body computes in, for speed on GPUs; queries are computed in "
+        "float64 (default: as the model was saved)",
+    )
+    parser.add_argument("--xla", action="store_true", help="compile with XLA, for speed on GPUs")
+    parser.add_argument(
         "--batch-size",
         type=_positive_int,
-        default=512,
-        help="examples per call of the model; does not change the result (default: %(default)s)",
+        help="examples per call of the model; does not change the result (default: as many as "
+        "memory has room for)",
     )
 
 

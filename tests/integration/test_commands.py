@@ -135,6 +135,7 @@ def test_all_dense_layers(trained, arguments, tmp_path):
     assert tracin("self-influence", arguments, "--layers=all-dense").returncode == 0
     rows = pq.read_table(tmp_path / "all" / "self_influence-00000-of-00001.parquet").to_pylist()
     found = {row["example_id"]: row["self_influence"] for row in rows}
+    per_layer = {row["example_id"]: row["per_layer"] for row in rows}
     parts = []
     for name in ("hidden", "outputs"):
         arguments["--output"] = tmp_path / name
@@ -143,6 +144,9 @@ def test_all_dense_layers(trained, arguments, tmp_path):
         parts.append({row["example_id"]: row["self_influence"] for row in table.to_pylist()})
     for example, value in found.items():
         assert value == pytest.approx(sum(part[example] for part in parts), rel=1e-6)
+        assert list(per_layer[example]) == ["hidden", "outputs"]
+        for part, own in zip(parts, per_layer[example].values(), strict=True):
+            assert own == pytest.approx(part[example], rel=1e-6)
     assert json.loads((tmp_path / "all" / "manifest.json").read_text())["run"]["layers"] == (
         "all-dense"
     )

@@ -4,8 +4,9 @@ import pytest
 import tensorflow as tf
 
 from tests.models.conftest import batch_of, save_series
+from tracin_transforms.core.errors import InputError
 from tracin_transforms.models.extractor import KerasFactorExtractor
-from tracin_transforms.models.precision import can_be_widened, widen, widen_head
+from tracin_transforms.models.precision import can_be_widened, set_precision, widen, widen_head
 
 
 def _many_layers():
@@ -102,3 +103,83 @@ def test_queries_of_a_model_that_cannot_be_widened(tmp_path):
         for float64 in (False, True)
     )
     np.testing.assert_array_equal(single, double)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_another_precision_than_the_model_was_saved_with(tmp_path, precision):
+    model = _many_layers()
+    series = save_series(tmp_path, [model])
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((20, 4, 6)).astype(np.float32)
+    batch = batch_of(inputs, rng.integers(0, 3, 20))
+    exact, mixed = (
+        KerasFactorExtractor(series, precision=kind).load().extract(batch).gradients[0].layers[0]
+        for kind in (None, precision)
+    )
+    difference = np.abs(mixed.activations - exact.activations).max()
+    assert 1e-5 < difference < 3e-2 * np.abs(exact.activations).max()
+
+    set_precision(model, precision)
+    computes = {layer.name: layer.compute_dtype for layer in model._flatten_layers()}
+    assert computes["inner"] == precision.removeprefix("mixed_")
+    assert computes["logits"] == "float32"
+    widen_head(model)
+    assert model.get_layer("logits").compute_dtype == "float64"
+
+
+def test_a_mixed_model_in_float32(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = _many_layers()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    series = save_series(tmp_path, [model])
+    inputs = np.random.default_rng(0).standard_normal((20, 4, 6)).astype(np.float32)
+    batch = batch_of(inputs, np.arange(20) % 3)
+    found = KerasFactorExtractor(series, precision="float32").load().extract(batch)
+    single = _many_layers()
+    single.set_weights(model.get_weights())
+    (tmp_path / "single").mkdir()
+    expected = (
+        KerasFactorExtractor(save_series(tmp_path / "single", [single])).load().extract(batch)
+    )
+    for a, b in zip(found.gradients[0].layers, expected.gradients[0].layers, strict=True):
+        np.testing.assert_array_equal(a.activations, b.activations)
+        np.testing.assert_array_equal(a.error_signals, b.error_signals)
+
+
+def test_a_precision_that_there_is_not(tmp_path):
+    with pytest.raises(InputError, match="precision is 'float8', expected one of float32"):
+        KerasFactorExtractor(save_series(tmp_path, [_many_layers()]), precision="float8")
+
+
+def test_xla_gives_the_same(tmp_path):
+    series = save_series(tmp_path, [_many_layers()])
+    inputs = np.random.default_rng(0).standard_normal((20, 4, 6)).astype(np.float32)
+    batch = batch_of(inputs, np.arange(20) % 3)
+    plain, xla = (
+        KerasFactorExtractor(series, "all-dense", xla=xla).load().extract(batch).gradients[0].layers
+        for xla in (False, True)
+    )
+    for a, b in zip(plain, xla, strict=True):
+        scale = np.abs(a.error_signals).max()
+        np.testing.assert_allclose(b.error_signals, a.error_signals, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("width", [128, 129, 1000])
+def test_large_kernels_add_up_in_parts(width):
+    source = keras.Input((width,))
+    hidden = keras.layers.Dense(200, "tanh", name="large")(source)
+    model = keras.Model(source, keras.layers.Dense(3, name="logits")(hidden))
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((50, width)).astype(np.float32)
+    kernel, bias = (w.astype(np.float64) for w in model.get_layer("large").get_weights())
+    tap = keras.Model(source, hidden)
+    plain = tap(inputs).numpy()
+    widen_head(model)
+    found = tap(inputs).numpy()
+    exact = np.tanh(inputs.astype(np.float64) @ kernel + bias)
+    assert (found.dtype, plain.dtype) == (np.float64, np.float32)
+    assert model(inputs).dtype == "float64"
+    assert np.sqrt(np.mean((found - exact) ** 2)) < np.sqrt(np.mean((plain - exact) ** 2))
+    assert np.abs(found - exact).max() < 3e-6

@@ -12,6 +12,7 @@ from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.losses import LOSSES
 from tracin_transforms.core.targets import target_rows
+from tracin_transforms.models.batch_size import BatchSize
 from tracin_transforms.models.extractor import KerasFactorExtractor
 from tracin_transforms.models.factor_function import FactorFunction, Targets
 from tracin_transforms.models.training_loss import (
@@ -140,7 +141,7 @@ def test_factors_of_mixed_precision_are_exact_from_the_loss_on(name):
     model = _model(end, True, "mixed_bfloat16")
     values = [variable.value for variable in model.variables]
     found = FactorFunction(model, loss, "m")(
-        values, batch.inputs, Targets(batch.targets, targets, np.ones(len(batch))), 7
+        values, batch.inputs, Targets(batch.targets, targets, np.ones(len(batch))), BatchSize(7)
     )
     outputs = tf.constant(found.loss_inputs)
     with tf.GradientTape() as tape:

@@ -53,7 +53,7 @@ def test_options_and_their_defaults():
         [*JOB, "--queries=npz:q.npz", "--runner=FnApiRunner", "--direct_num_workers=2"],
     )
     assert (options.checkpoints, options.examples, options.output) == ("run", "npz:a.npz", "out")
-    assert (options.k, options.batch_size, options.overwrite) == (20, 512, False)
+    assert (options.k, options.batch_size, options.overwrite) == (20, None, False)
     assert options.checkpoint_weights == "recorded"
     assert beam_args == ["--runner=FnApiRunner", "--direct_num_workers=2"]
     assert parse("demo", [])[0].output == "demo-output"

@@ -131,7 +131,8 @@ class CheckpointSeries:
             raise InputError(
                 f"checkpoint {missing[0]!r} has no learning rate ({len(missing)} of "
                 f"{len(self.checkpoints)} have none): add 'learning_rate' to checkpoints.json, "
-                "or weigh all checkpoints alike with --checkpoint-weights equal"
+                "give --learning-rates with checkpoint files, or weigh all checkpoints alike with "
+                "--checkpoint-weights equal"
             )
         rates = np.array([c.learning_rate for c in self.checkpoints], dtype=np.float64)
         if not rates.any():

@@ -19,11 +19,13 @@ from tracin_transforms.core.targets import (
     target_rows,
     weights_of_classes,
 )
+from tracin_transforms.models.batch_size import BatchSize
+from tracin_transforms.models.devices import share_devices
 from tracin_transforms.models.factor_function import ExampleFactors, FactorFunction, Targets
 from tracin_transforms.models.gradient_check import check_gradients
 from tracin_transforms.models.layers import LAST
 from tracin_transforms.models.loading import LoadedCheckpoint, ModelLoading, load_checkpoints
-from tracin_transforms.models.precision import can_be_widened, widen_head
+from tracin_transforms.models.precision import PRECISIONS, can_be_widened, set_precision, widen_head
 from tracin_transforms.models.training_loss import TrainingLoss, loss_of_series
 
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
@@ -42,23 +44,32 @@ class KerasFactorExtractor:
         series: The run's checkpoints.
         layers: Which layers: ``last``, ``all-dense``, ``all``, or names separated by commas, see
             `layers.candidate_layers`.
-        batch_size: Examples per call of the compiled model.
+        batch_size: Examples per call of the compiled model; None for as many as memory has room
+            for.
         float64: Compute the whole models in float64, where they can, instead of the head alone.
             For queries: they are few, and a well fitted query's gradient is no more exact than
             its logits are, absolutely, so that in float32 it alone would limit what influences
             are good for.
         loading: How to turn checkpoints into models.
+        precision: What the models compute in, one of `precision.PRECISIONS`; None: as saved.
+        xla: Compile with XLA.
     """
 
     series: CheckpointSeries
     layers: str = LAST
-    batch_size: int = 512
+    batch_size: int | None = None
     float64: bool = False
     loading: ModelLoading = field(default_factory=ModelLoading)
+    precision: str | None = None
+    xla: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch size is {self.batch_size}, expected at least 1")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise InputError(
+                f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}"
+            )
 
     def load(self) -> "LoadedKerasExtractor":
         """Returns the extractor with all K checkpoints in memory.
@@ -66,6 +77,7 @@ class KerasFactorExtractor:
         Raises:
             InputError: A checkpoint is not a model, or its model or loss is not supported.
         """
+        share_devices()
         return LoadedKerasExtractor(self)
 
 
@@ -77,6 +89,7 @@ class LoadedKerasExtractor:
 
     def __init__(self, description: KerasFactorExtractor) -> None:
         self._description = description
+        self._batch_size = BatchSize(description.batch_size)
         self._checkpoints = self._load()
         self._loss = loss_of_series(description.series)
         functions: dict[int, FactorFunction] = {}
@@ -106,11 +119,10 @@ class LoadedKerasExtractor:
             )
         kind = _kind_of_targets(self._loss, batch.targets, shapes[0])
         targets = self._targets(batch, kind, shapes[0])
-        size = self._description.batch_size
 
         def run(at: tuple[FactorFunction, LoadedCheckpoint]) -> ExampleFactors:
             function, loaded = at
-            return function(loaded.values, batch.inputs, targets, size)
+            return function(loaded.values, batch.inputs, targets, self._batch_size)
 
         # Two checkpoints at a time: while one is in a part that keeps a single core busy, such as
         # a layer that does not split, the other has the rest of the machine.
@@ -154,6 +166,8 @@ class LoadedKerasExtractor:
             loaded = load_checkpoints(series, loading)
             models = list({id(at.model): at.model for at in loaded}.values())
         for model in models:
+            if self._description.precision is not None:
+                set_precision(model, self._description.precision)
             widen_head(model)
         return loaded
 
@@ -165,6 +179,7 @@ class LoadedKerasExtractor:
             what,
             self._description.layers,
             self._description.series.output,
+            self._description.xla,
         )
 
     def _targets(self, batch: ExampleBatch, kind: str, shape: tuple[int, ...]) -> Targets:

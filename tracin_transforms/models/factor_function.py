@@ -13,6 +13,7 @@ import tensorflow as tf
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import LayerFactors
 from tracin_transforms.core.protocols import Inputs, input_rows
+from tracin_transforms.models.batch_size import BatchSize
 from tracin_transforms.models.error_signals import LossEnd, loss_end
 from tracin_transforms.models.layer_factors import ChosenMatrix, layer_factors
 from tracin_transforms.models.layers import ALL, ALL_DENSE, LAST, candidate_layers
@@ -74,6 +75,7 @@ class FactorFunction:
         what: What to call the model in messages.
         layers: Which layers, see `candidate_layers`.
         output: Which of its outputs the loss takes, by name, where it has several.
+        xla: Compile with XLA.
 
     Raises:
         InputError: The model has no such layer.
@@ -86,11 +88,13 @@ class FactorFunction:
         what: str,
         layers: str = LAST,
         output: str | None = None,
+        xla: bool = False,
     ) -> None:
         self.model = model
         self.ends = ModelEnds(model, what, output)
         self._loss = loss
         self._what = what
+        self._xla = xla
         self._compiled: dict[Any, Callable[..., _Tensors]] = {}
         # The weights whose factors are taken, and how many numbers those of one example are;
         # known when the function has been compiled.
@@ -103,26 +107,31 @@ class FactorFunction:
             raise InputError(f"{what}: {error}") from error
 
     def __call__(
-        self, values: Values, inputs: Inputs, targets: Targets, batch_size: int
+        self, values: Values, inputs: Inputs, targets: Targets, batch_size: BatchSize
     ) -> ExampleFactors:
-        """Returns the losses and gradient factors of examples, `batch_size` at a time.
+        """Returns the losses and gradient factors of examples, some at a time.
 
         Args:
             values: Of the model's variables, in their order.
             inputs: Of n examples.
             targets: Of the same.
-            batch_size: Examples per call of the model.
+            batch_size: Examples per call of the model; fewer, where memory does not suffice.
 
         Raises:
             InputError: The model's layers or its end are not supported; found when it is compiled.
         """
         function = self._function(inputs, targets)
-        n = len(targets.weights)
+        n, start, size = len(targets.weights), 0, batch_size.of(function)
         parts = []
-        for start in range(0, n, batch_size):
-            rows = slice(start, start + batch_size)
+        while start < n:
+            rows = slice(start, start + size)
             arguments = tf.nest.map_structure(tf.constant, input_rows(inputs, rows))
-            parts.append(function(arguments, *targets.rows_at(rows).tensors(), list(values)))
+            try:
+                parts.append(function(arguments, *targets.rows_at(rows).tensors(), list(values)))
+            except tf.errors.ResourceExhaustedError as error:
+                size = batch_size.halve(size, error)
+            else:
+                start += size
         losses, loss_inputs, *factors = (
             np.concatenate([tensor.numpy() for tensor in tensors])
             for tensors in zip(*parts, strict=True)
@@ -186,7 +195,8 @@ class FactorFunction:
     def _compile(self, signature: list[Any], run: Callable[..., _Tensors]) -> Any:
         signature = [*signature, self._value_specs()]
         # Without autograph, which would wrap our errors in its own.
-        return tf.function(run, signature, autograph=False).get_concrete_function()
+        function = tf.function(run, signature, autograph=False, jit_compile=self._xla)
+        return function.get_concrete_function()
 
     def _value_specs(self) -> list[tf.TensorSpec]:
         return [tf.TensorSpec(v.shape, v.value.dtype) for v in self.model.variables]

@@ -12,11 +12,12 @@ from tracin_transforms.core.protocols import Inputs
 from tracin_transforms.models.error_signals import losses_of_examples
 from tracin_transforms.models.factor_function import FactorFunction, Targets, Values
 from tracin_transforms.models.layer_factors import ChosenMatrix
+from tracin_transforms.models.layers import all_layers
 from tracin_transforms.models.training_loss import TrainingLoss
 
 # Both sides are rounded to float32 and add up in another order; a wrong formula is off by far more.
 TOLERANCE = 1e-3
-# Where the model multiplies in bfloat16 or float16, automatic differentiation rounds to that.
+# Where the model computes in bfloat16 or float16 anywhere, its two passes round to that apart.
 MIXED_PRECISION_TOLERANCE = 3e-2
 
 
@@ -41,6 +42,8 @@ def check_gradients(
     Raises:
         InputError: A layer's differ by more than the tolerance, relative to the largest entry.
     """
+    dtypes = {layer.compute_dtype for layer in all_layers(function.model)}
+    tolerance = TOLERANCE if dtypes <= {"float32", "float64"} else MIXED_PRECISION_TOLERANCE
     # One backward pass for all examples: weights that differ keep errors from cancelling out.
     mix = 1 + np.arange(len(targets.weights), dtype=np.float32)
     differentiated = _differentiate(function, loss, values, inputs, targets, mix)
@@ -52,8 +55,6 @@ def check_gradients(
             width = chosen.matrix.variable.shape[0]
         found = gradient_sum(layer, mix, width)
         largest, difference = np.abs(expected).max(), np.abs(found - expected).max()
-        exact = chosen.layer.compute_dtype in ("float32", "float64")
-        tolerance = TOLERANCE if exact else MIXED_PRECISION_TOLERANCE
         if difference > tolerance * largest + _rounding(layer, mix):
             raise InputError(
                 f"checkpoint {factors.checkpoint_id!r}: the factored gradients of layer "

@@ -16,6 +16,22 @@ _LARGE_KERNEL = 2**14
 _PRODUCTS_PER_SUM = 128
 
 
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+def set_precision(model: keras.Model, precision: str) -> None:
+    """Lets a model compute in another precision than it was saved with.
+
+    Args:
+        model: The model.
+        precision: One of `PRECISIONS`. The mixed ones leave the head in float32, as they are
+            meant for the many products of a network's body.
+    """
+    for layer in all_layers(model):
+        if precision == "float32" or not _is_head(layer):
+            layer.dtype_policy = keras.DTypePolicy(precision)
+
+
 def widen_head(model: keras.Model) -> None:
     """Lets the dense layers that are applied once per example add up in float64.
 

@@ -41,6 +41,15 @@ def test_chart_places_points_and_escapes_text():
     assert svg.count("75 %") == 2
 
 
+def test_a_line_has_points_only_where_it_is():
+    x = np.array([0.5, 1.0])
+    line = Line("short", "series-1", x, x)
+    axis = share_axis("x")
+    svg = line_chart([line], axis, axis, marks=[0, 0.5, 1], tip=lambda line, x, y: f"at {x}")
+    assert "at 0.5" in svg
+    assert svg.count("<circle") == 2
+
+
 @pytest.mark.parametrize(
     ("largest", "ticks"),
     [(2.3, (0, 1, 2, 3)), (5628, (0, 2000, 4000, 6000)), (1, (0, 0.25, 0.5, 0.75, 1)), (0, None)],

@@ -76,7 +76,7 @@ def line_chart(
         lines: Drawn in this order.
         x_axis: Its label stands below.
         y_axis: Its label is the chart's description.
-        marks: x at which each line gets a point.
+        marks: x at which each line gets a point, where it reaches so far.
         tip: What a point of a line at (x, y) tells when hovered over.
     """
     parts = [
@@ -95,6 +95,8 @@ def line_chart(
         parts.append(_polyline(line, x_axis, y_axis))
     for line in lines:
         for mark in marks:
+            if not line.x[0] <= mark <= line.x[-1]:
+                continue
             value = float(np.interp(mark, line.x, line.y))
             text = tip(line, mark, value)
             parts.append(_point(line.style, _x(x_axis, mark), _y(y_axis, value), text))

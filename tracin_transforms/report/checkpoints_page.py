@@ -86,12 +86,14 @@ def _loss_chart(
 
 
 def _share_chart(steps: np.ndarray, summaries: Sequence[CheckpointSummary]) -> object:
-    drops = np.array([max(0.0, summary.loss_drop or 0.0) for summary in summaries])
+    # The first has none before it.
+    drops = np.array([max(0.0, summary.loss_drop or 0.0) for summary in summaries[1:]])
     shares = np.array([summary.influence_share for summary in summaries], dtype=float)
     lines = [
-        Line("loss drop", "series-2", steps, drops / (drops.sum() or 1.0)),
+        Line("loss drop", "series-2", steps[1:], drops / (drops.sum() or 1.0)),
         Line("self-influence", "series-1", steps, shares),
     ]
+    lines = [line for line in lines if len(line.x)]
     return line_chart(
         lines,
         number_axis("step", steps),

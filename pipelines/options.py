@@ -118,9 +118,10 @@ def _add_extraction_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
-        help="what the network's body computes in, for speed on GPUs; queries are computed in "
-        "float64 (default: as the model was saved)",
+        choices=("float64", "float32", "mixed_bfloat16", "mixed_float16"),
+        help="what the network computes in for training examples: float64 to be exact to the last "
+        "digits, the mixed ones to be fast on GPUs; queries are computed in float64 anyway "
+        "(default: as the model was saved)",
     )
     parser.add_argument("--xla", action="store_true", help="compile with XLA, for speed on GPUs")
     parser.add_argument(

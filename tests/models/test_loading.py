@@ -236,30 +236,30 @@ def test_lambda_layers_need_a_flag(tmp_path):
 def test_custom_layers_are_imported(tmp_path, monkeypatch):
     (tmp_path / "my_layers.py").write_text(
         "import keras\n"
-        "@keras.saving.register_keras_serializable('mine')\n"
-        "class Twice(keras.layers.Layer):\n"
+        "@keras.saving.register_keras_serializable('my_layers')\n"
+        "class Doubled(keras.layers.Layer):\n"
         "    def call(self, inputs): return 2 * inputs\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    plain = keras.Sequential([keras.Input((3,)), layers.ReLU(name="twice"), layers.Dense(5)])
+    plain = keras.Sequential([keras.Input((3,)), layers.ReLU(name="doubled"), layers.Dense(5)])
     plain.save(tmp_path / "plain.keras")
     # As another process wrote it, which knew the class.
     with zipfile.ZipFile(tmp_path / "plain.keras") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     config = json.loads(files["config.json"])
-    layer = next(x for x in config["config"]["layers"] if x["config"]["name"] == "twice")
+    layer = next(x for x in config["config"]["layers"] if x["config"]["name"] == "doubled")
     layer.update(
         module=None,
-        class_name="Twice",
-        registered_name="mine>Twice",
-        config={"name": "twice", "trainable": True, "dtype": "float32"},
+        class_name="Doubled",
+        registered_name="my_layers>Doubled",
+        config={"name": "doubled", "trainable": True, "dtype": "float32"},
     )
     with zipfile.ZipFile(tmp_path / "custom.keras", "w") as archive:
         for name, content in files.items():
             archive.writestr(name, json.dumps(config) if name == "config.json" else content)
     series = _series(tmp_path / "custom.keras")
-    with pytest.raises(InputError, match="Could not locate class 'Twice': name the module"):
+    with pytest.raises(InputError, match="Could not locate class 'Doubled': name the module"):
         load_checkpoints(series, _PLAIN)
     (loaded,) = load_checkpoints(series, ModelLoading(imports=("my_layers",)))
     inputs = np.ones((2, 3), np.float32)

@@ -148,8 +148,24 @@ def test_a_mixed_model_in_float32(tmp_path):
         np.testing.assert_array_equal(a.error_signals, b.error_signals)
 
 
+def test_float64_for_training_examples(tmp_path):
+    series = save_series(tmp_path, [_many_layers()])
+    inputs = np.random.default_rng(0).standard_normal((20, 4, 6)).astype(np.float32)
+    batch = batch_of(inputs, np.arange(20) % 3)
+    wide = KerasFactorExtractor(series, precision="float64").load().extract(batch)
+    query = KerasFactorExtractor(series, float64=True).load().extract(batch)
+    np.testing.assert_array_equal(wide.losses, query.losses)
+    for a, b in zip(wide.gradients[0].layers, query.gradients[0].layers, strict=True):
+        np.testing.assert_array_equal(a.error_signals, b.error_signals)
+    source = keras.Input((3,))
+    model = keras.Model(source, keras.layers.Dense(5)(_WithFloat32InItsCode()(source)))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="cannot compute in float64: expected layers of Keras's"):
+        KerasFactorExtractor(save_series(tmp_path / "other", [model]), precision="float64").load()
+
+
 def test_a_precision_that_there_is_not(tmp_path):
-    with pytest.raises(InputError, match="precision is 'float8', expected one of float32"):
+    with pytest.raises(InputError, match="precision is 'float8', expected one of float64"):
         KerasFactorExtractor(save_series(tmp_path, [_many_layers()]), precision="float8")
 
 

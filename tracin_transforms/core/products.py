@@ -67,6 +67,9 @@ def pair_products(
 
 def squared_norms(layer: LayerFactors) -> np.ndarray:
     """Returns ‖G_i‖² of each example, shape [n], float64."""
+    if layer.positions == 1:
+        terms = sum(_squared_terms(group) for group in layer.by_group())
+        return np.reshape(terms, len(layer))
     every = np.arange(len(layer))
     return pair_products(layer, layer, every, every)
 
@@ -79,14 +82,19 @@ def absolute_norms(layer: LayerFactors) -> np.ndarray:
     """
     bounds = np.zeros(len(layer))
     for group in layer.by_group():
-        e = np.sqrt(np.square(group.error_signals, dtype=np.float64).sum(axis=-1))
-        if group.is_one_hot:
-            terms = e
-        else:
-            squares = np.square(group.activations, dtype=np.float64).sum(axis=-1)
-            terms = e * np.sqrt(squares + group.has_bias)
+        terms = np.sqrt(_squared_terms(group))
         bounds += terms.sum(axis=1) if terms.ndim == 2 else terms
     return bounds
+
+
+def _squared_terms(layer: LayerFactors) -> np.ndarray:
+    """Returns ‖e_p‖² (‖h_p‖² + 1) of each example and position, float64."""
+    e = layer.error_signals.astype(np.float64)
+    squares = np.vecdot(e, e)
+    if layer.is_one_hot:
+        return squares
+    h = layer.activations.astype(np.float64)
+    return squares * (np.vecdot(h, h) + layer.has_bias)
 
 
 def gradient_sum(layer: LayerFactors, factors: np.ndarray, width: int) -> np.ndarray:

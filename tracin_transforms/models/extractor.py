@@ -25,7 +25,13 @@ from tracin_transforms.models.factor_function import ExampleFactors, FactorFunct
 from tracin_transforms.models.gradient_check import check_gradients
 from tracin_transforms.models.layers import LAST
 from tracin_transforms.models.loading import LoadedCheckpoint, ModelLoading, load_checkpoints
-from tracin_transforms.models.precision import PRECISIONS, can_be_widened, set_precision, widen_head
+from tracin_transforms.models.precision import (
+    FLOAT64,
+    PRECISIONS,
+    can_be_widened,
+    set_precision,
+    widen_head,
+)
 from tracin_transforms.models.training_loss import TrainingLoss, loss_of_series
 
 # Enough to see a wrong layer or loss; each costs one backward pass per checkpoint.
@@ -159,9 +165,15 @@ class LoadedKerasExtractor:
         series, loading = self._description.series, self._description.loading
         loaded = load_checkpoints(series, loading)
         models: list[keras.Model] = list({id(at.model): at.model for at in loaded}.values())
-        if self._description.float64:
+        must_be_wide = self._description.precision == FLOAT64
+        if self._description.float64 or must_be_wide:
             if all(can_be_widened(model) for model in models):
                 return loaded
+            if must_be_wide:
+                raise InputError(
+                    f"model {models[0].name!r} cannot compute in float64: expected layers of "
+                    "Keras's own, saved in float32; leave out --precision float64"
+                )
             # What was tried on them cannot be undone.
             loaded = load_checkpoints(series, loading)
             models = list({id(at.model): at.model for at in loaded}.values())

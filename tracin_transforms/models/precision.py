@@ -16,7 +16,8 @@ _LARGE_KERNEL = 2**14
 _PRODUCTS_PER_SUM = 128
 
 
-PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+FLOAT64 = "float64"
+PRECISIONS = (FLOAT64, "float32", "mixed_bfloat16", "mixed_float16")
 
 
 def set_precision(model: keras.Model, precision: str) -> None:
@@ -24,8 +25,8 @@ def set_precision(model: keras.Model, precision: str) -> None:
 
     Args:
         model: The model.
-        precision: One of `PRECISIONS`. The mixed ones leave the head in float32, as they are
-            meant for the many products of a network's body.
+        precision: One of `PRECISIONS` but float64, which `widen` is for. The mixed ones leave the
+            head in float32, as they are meant for the many products of a network's body.
     """
     for layer in all_layers(model):
         if precision == "float32" or not _is_head(layer):

@@ -8,61 +8,50 @@ user would, and compares them with a reference that shares no code with this pro
 is evaluated by NumPy in float64, and all scores are sorted in full.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
+from measure import (
+    bare_forward,
+    parser,
+    report_rankings,
+    run_forward,
+    softmax_errors,
+    spec,
+    tracin,
+    write_mnist,
+)
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 QUERIES = 200
 K = 20
-TRACIN = Path(sys.executable).with_name("tracin")
+BATCH_SIZE = 512
 
 
 def main() -> None:
     """Prepares, runs, compares and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("mnist", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--forward-only", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser(__doc__, "mnist", "work").parse_args()
     if options.forward_only:
-        bare_forward(options.work)
+        with np.load(options.work / "train.npz") as data:
+            run_forward(lambda: _models(options.work), data["images"], BATCH_SIZE)
         return
     prepare(options.mnist, options.work)
-    report_speed(options)
+    report_speed(options.mnist, options.work)
     report_exactness(options.work)
 
 
 def prepare(mnist: Path, work: Path) -> None:
-    """Writes train.npz and queries.npz and trains the network, unless that was done before."""
+    """Writes the examples and trains the network, unless that was done before."""
     import keras
 
     from tracin_transforms import CheckpointRecorder
 
     if (work / "run" / "epoch-012.keras").exists():
         return
-    work.mkdir(parents=True, exist_ok=True)
-    with np.load(mnist) as data:
-        images, labels = data["train_images"], data["train_labels"].astype(np.int64)
-        queries, query_labels = data["test_images"], data["test_labels"].astype(np.int64)
-    ids = np.array([f"mnist-{i:05d}" for i in range(len(images))])
-    query_ids = np.array([f"test-{i:05d}" for i in range(QUERIES)])
-    np.savez(work / "train.npz", images=images, labels=labels, ids=ids)
-    np.savez(
-        work / "queries.npz",
-        images=queries[:QUERIES],
-        labels=query_labels[:QUERIES],
-        ids=query_ids,
-    )
+    write_mnist(mnist, work, QUERIES)
+    with np.load(work / "train.npz") as data:
+        images, labels = data["images"], data["labels"]
     keras.utils.set_random_seed(0)
     layers = keras.layers
     model = keras.Sequential(
@@ -80,69 +69,34 @@ def prepare(mnist: Path, work: Path) -> None:
         ]
     )
     model.compile(
-        keras.optimizers.SGD(0.05),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+        keras.optimizers.SGD(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
     print(f"training a CNN with {model.count_params():,} parameters", flush=True)
     recorder = CheckpointRecorder(work / "run", every=2)
     model.fit(images, labels, batch_size=128, epochs=12, verbose=0, callbacks=[recorder])
-    accuracy = model.evaluate(queries, query_labels, verbose=0)[1]
-    print(f"test accuracy {accuracy:.4f}", flush=True)
 
 
-def report_speed(options: argparse.Namespace) -> None:
+def report_speed(mnist: Path, work: Path) -> None:
     """Times both commands as whole processes, and bare forward passes before and after."""
-    work = options.work
-    examples = ["--checkpoints", str(work / "run"), "--examples", _spec(work / "train.npz")]
+    common = ["--checkpoints", str(work / "run"), "--examples", spec(work / "train.npz")]
     jobs = {
-        "self-influence": [],
-        "influence": ["--queries", _spec(work / "queries.npz"), "--k", str(K)],
+        "self-influence": common,
+        "influence": [*common, "--queries", spec(work / "queries.npz"), "--k", str(K)],
     }
-    bare = [sys.executable, __file__, str(options.mnist), str(work), "--forward-only"]
-    for job, more in jobs.items():
-        before = json.loads(_measure(bare)[2])
-        output = str(work / job)
-        seconds, peak, _ = _measure(
-            [str(TRACIN), job, *examples, *more, "--output", output, "--overwrite"]
-        )
-        after = json.loads(_measure(bare)[2])
-        forward = (before["forward"] + after["forward"]) / 2
-        whole = (before["whole"] + after["whole"]) / 2
-        pipeline = json.loads((work / job / "manifest.json").read_text())["summary"]["seconds"]
+    for job, arguments in jobs.items():
+        before = bare_forward(__file__, str(mnist), str(work))
+        measured, pipeline = tracin(job, work, *arguments)
+        after = bare_forward(__file__, str(mnist), str(work))
+        forward, together, whole = ((a + b) / 2 for a, b in zip(before, after, strict=True))
         print(
-            f"{job}: {pipeline:.1f} s for the pipeline, bare forward passes {forward:.1f} s: "
-            f"throughput {forward / pipeline:.2f} of bare. Whole process {seconds:.1f} s, bare "
-            f"process with imports and loading {whole:.1f} s: {whole / seconds:.2f}. "
-            f"Peak memory {peak / 1e9:.2f} GB",
+            f"{job}: {pipeline:.1f} s for the pipeline; bare forward passes {forward:.1f} s: "
+            f"throughput {forward / pipeline:.2f} of bare ({together / pipeline:.2f} of two "
+            f"networks at a time). Whole command {measured.seconds:.1f} s, of which "
+            f"{measured.seconds - pipeline:.1f} s before and after the pipeline; bare process "
+            f"with imports and loading {whole:.1f} s: {whole / measured.seconds:.2f}. Peak memory "
+            f"{measured.peak / 1e9:.2f} GB",
             flush=True,
         )
-
-
-def bare_forward(work: Path) -> None:
-    """Runs the compiled models over the training images, and nothing else."""
-    start = time.perf_counter()
-    import keras
-    import tensorflow as tf
-
-    with np.load(work / "train.npz") as data:
-        images = data["images"]
-    paths = sorted((work / "run").glob("*.keras"))
-    functions = []
-    tf.get_logger().setLevel("ERROR")
-    for path in paths:
-        model = keras.saving.load_model(path, compile=False)
-        signature = [tf.TensorSpec([None, 28, 28], tf.uint8)]
-        functions.append(
-            tf.function(lambda x, m=model: m(tf.cast(x, tf.float32)), input_signature=signature)
-        )
-        functions[-1](images[:512])
-    first = time.perf_counter()
-    for function in functions:
-        for at in range(0, len(images), 512):
-            function(images[at : at + 512]).numpy()
-    end = time.perf_counter()
-    print(json.dumps({"forward": end - first, "whole": end - start}))
 
 
 def report_exactness(work: Path) -> None:
@@ -172,34 +126,14 @@ def report_exactness(work: Path) -> None:
         f"{relative.max():.2e} (goal 2e-5); same top 1,000: "
         f"{set(found_ids[:1000]) == set(ids[np.argsort(-own)[:1000]])}"
     )
-    _report_influence(work, ids, query_ids, influence)
+    report_rankings(work / "influence", ids, query_ids, influence, K)
 
 
-def _report_influence(
-    work: Path, ids: np.ndarray, query_ids: np.ndarray, influence: np.ndarray
-) -> None:
-    rows = pq.read_table(next((work / "influence").glob("influence-*.parquet"))).to_pylist()
-    found: dict[tuple[str, str], list[str]] = {}
-    position = {name: i for i, name in enumerate(ids)}
-    query_position = {name: i for i, name in enumerate(query_ids)}
-    worst = 0.0
-    largest = np.abs(influence).max(axis=0)
-    for row in rows:
-        found.setdefault((row["query_id"], row["direction"]), []).append(row["example_id"])
-        q = query_position[row["query_id"]]
-        exact = influence[position[row["example_id"]], q]
-        worst = max(worst, abs(row["influence"] - exact) / largest[q])
-    same = {"proponent": 0, "opponent": 0}
-    for q, name in enumerate(query_ids):
-        order = np.argsort(-influence[:, q], kind="stable")
-        ends = {"proponent": order[:K], "opponent": order[::-1][:K]}
-        for direction, expected in ends.items():
-            same[direction] += found.get((name, direction), []) == list(ids[expected])
-    print(
-        f"influence: largest error {worst:.2e} of the query's largest |influence| (goal 1e-6); "
-        f"same top {K} in the same order: {same['proponent']} and {same['opponent']} of "
-        f"{len(query_ids)} queries (proponents, opponents)"
-    )
+def _models(work: Path) -> list[object]:
+    import keras
+
+    paths = sorted((work / "run").glob("*.keras"))
+    return [keras.saving.load_model(path, compile=False) for path in paths]
 
 
 def _reference_factors(
@@ -217,15 +151,7 @@ def _reference_factors(
         x = _pool(_conv(x, c1, b1))
         x = _pool(_conv(x, c2, b2)).reshape(len(x), -1)
         h = np.maximum(x @ w3 + b3, 0)
-        logits = h @ w4 + b4
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        target = labels[at : at + 1000]
-        rows = np.arange(len(p))
-        p[rows, target] = 0
-        total = np.exp(logits - logits.max(1, keepdims=True)).sum(1)
-        p /= total[:, None]
-        p[rows, target] = -p.sum(1)
-        errors.append(p)
+        errors.append(softmax_errors(h @ w4 + b4, labels[at : at + 1000]))
         activations.append(h)
     return np.concatenate(errors), np.concatenate(activations)
 
@@ -241,33 +167,6 @@ def _conv(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
 def _pool(x: np.ndarray) -> np.ndarray:
     n, height, width, channels = x.shape
     return x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
-
-
-def _measure(command: list[str]) -> tuple[float, int, str]:
-    """Returns seconds, peak resident bytes of the process tree, and what it printed."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    peak = 0
-    tree = psutil.Process(process.pid)
-    output: list[str] = []
-    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
-    reader.start()
-    while process.poll() is None:
-        try:
-            members = [tree, *tree.children(recursive=True)]
-            peak = max(peak, sum(member.memory_info().rss for member in members))
-        except psutil.NoSuchProcess:
-            pass
-        time.sleep(0.05)
-    seconds = time.perf_counter() - start
-    reader.join()
-    if process.returncode:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    return seconds, peak, output[0]
-
-
-def _spec(path: Path) -> str:
-    return f"npz:{path}?x=images&y=labels&id=ids"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""What the benchmarks share: measured commands, and the bare forward passes beside them."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+TRACIN = Path(sys.executable).with_name("tracin")
+
+
+class Measured(NamedTuple):
+    """What a command took.
+
+    Attributes:
+        seconds: From its start to its end.
+        peak: Resident bytes of all its processes, at most.
+        output: What it printed.
+    """
+
+    seconds: float
+    peak: int
+    output: str
+
+
+def measure(command: Sequence[str]) -> Measured:
+    """Runs a command to its end; what it writes to stderr is seen as it comes."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = 0
+    tree = psutil.Process(process.pid)
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
+    reader.start()
+    while process.poll() is None:
+        try:
+            members = [tree, *tree.children(recursive=True)]
+            peak = max(peak, sum(member.memory_info().rss for member in members))
+        except psutil.NoSuchProcess:
+            pass
+        time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    reader.join()
+    if process.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return Measured(seconds, peak, output[0])
+
+
+def tracin(job: str, work: Path, *arguments: str) -> tuple[Measured, float]:
+    """Runs a command of tracin with its result in WORK/job; also returns the pipeline's seconds."""
+    output = work / job
+    measured = measure([str(TRACIN), job, *arguments, "--output", str(output), "--overwrite"])
+    manifest = json.loads((output / "manifest.json").read_text())
+    return measured, manifest["summary"]["seconds"]
+
+
+def spec(path: Path) -> str:
+    """Returns the SPEC of an archive with images, labels and ids."""
+    return f"npz:{path}?x=images&y=labels&id=ids"
+
+
+class Forward(NamedTuple):
+    """Bare compiled forward passes, and nothing else, in a process of their own.
+
+    Attributes:
+        seconds: One network after the other.
+        together: Two networks at a time, as tracin runs them.
+        whole: The process, imports and loading included, with the first of the two.
+    """
+
+    seconds: float
+    together: float
+    whole: float
+
+
+def bare_forward(script: str, *arguments: str) -> Forward:
+    """Runs a benchmark's script with --forward-only and reads what `run_forward` printed."""
+    line = [sys.executable, script, *arguments, "--forward-only"]
+    return Forward(**json.loads(measure(line).output.splitlines()[-1]))
+
+
+def run_forward(models: Callable[[], list[Any]], inputs: np.ndarray, batch_size: int) -> None:
+    """Runs compiled models over all inputs, and prints how long that took."""
+    start = time.perf_counter()
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")
+    functions = []
+    for model in models():
+        signature = [tf.TensorSpec([None, *inputs.shape[1:]], inputs.dtype)]
+        functions.append(
+            tf.function(
+                lambda x, m=model: m(tf.cast(x, tf.float32), training=False),
+                input_signature=signature,
+                autograph=False,
+            )
+        )
+        functions[-1](inputs[:batch_size])
+
+    def run(function: Any) -> None:
+        for at in range(0, len(inputs), batch_size):
+            function(inputs[at : at + batch_size]).numpy()
+
+    first = time.perf_counter()
+    for function in functions:
+        run(function)
+    end = time.perf_counter()
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(run, functions))
+    together = time.perf_counter() - end
+    print(
+        json.dumps({"seconds": end - first, "together": together, "whole": end - start}), flush=True
+    )
+
+
+def parser(description: str | None, *positional: str) -> argparse.ArgumentParser:
+    """Returns a parser of paths, with the flag that `bare_forward` uses."""
+    found = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    for name in positional:
+        found.add_argument(name, type=Path)
+    found.add_argument("--forward-only", action="store_true", help=argparse.SUPPRESS)
+    return found
+
+
+def write_mnist(mnist: Path, work: Path, queries: int) -> None:
+    """Writes train.npz and queries.npz from MNIST, with ids."""
+    work.mkdir(parents=True, exist_ok=True)
+    with np.load(mnist) as data:
+        images, labels = data["train_images"], data["train_labels"].astype(np.int64)
+        tests, test_labels = data["test_images"], data["test_labels"].astype(np.int64)
+    ids = np.array([f"mnist-{i:05d}" for i in range(len(images))])
+    np.savez(work / "train.npz", images=images, labels=labels, ids=ids)
+    np.savez(
+        work / "queries.npz",
+        images=tests[:queries],
+        labels=test_labels[:queries],
+        ids=np.array([f"test-{i:05d}" for i in range(queries)]),
+    )
+
+
+def softmax_errors(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns softmax(logits) - onehot(labels) in float64; a label's entry is −Σ of the others."""
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    total, rows = p.sum(1, keepdims=True), np.arange(len(p))
+    p[rows, labels] = 0
+    p /= total
+    p[rows, labels] = -p.sum(1)
+    return p
+
+
+def report_rankings(
+    directory: Path, ids: np.ndarray, query_ids: np.ndarray, influence: np.ndarray, k: int
+) -> None:
+    """Prints how far an influence result is from all scores [n, q], sorted in full."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(next(directory.glob("influence-*.parquet"))).to_pylist()
+    found: dict[tuple[str, str], list[str]] = {}
+    position = {name: i for i, name in enumerate(ids)}
+    query_position = {name: i for i, name in enumerate(query_ids)}
+    worst, largest = 0.0, np.abs(influence).max(axis=0)
+    for row in rows:
+        found.setdefault((row["query_id"], row["direction"]), []).append(row["example_id"])
+        q = query_position[row["query_id"]]
+        exact = influence[position[row["example_id"]], q]
+        worst = max(worst, abs(row["influence"] - exact) / largest[q])
+    same = {"proponent": 0, "opponent": 0}
+    for q, name in enumerate(query_ids):
+        order = np.argsort(-influence[:, q], kind="stable")
+        ends = {"proponent": order[:k], "opponent": order[::-1][:k]}
+        for direction, expected in ends.items():
+            same[direction] += found.get((name, direction), []) == list(ids[expected])
+    print(
+        f"influence: largest error {worst:.2e} of the query's largest |influence| (goal 1e-6); "
+        f"same top {k} in the same order: {same['proponent']} and {same['opponent']} of "
+        f"{len(query_ids)} queries (proponents, opponents)",
+        flush=True,
+    )

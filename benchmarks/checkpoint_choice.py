@@ -82,7 +82,7 @@ def precisions(work: Path, flipped: np.ndarray) -> dict[str, float]:
     from tracin_transforms.core.evaluation import average_precision
 
     common = ["--checkpoints", str(work / "run"), "--examples", spec(work / "train.npz")]
-    tracin("self-influence", work, *common)
+    tracin("self-influence", work / "self-influence", *common)
     table = pq.read_table(next((work / "self-influence").glob("*.parquet")))
     parts = np.array(table["per_checkpoint"].to_pylist())
     rows = np.array([int(name[1:]) for name in table["example_id"].to_pylist()])

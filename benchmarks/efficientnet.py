@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from measure import bare_forward, parser, run_forward, spec, tracin
+from measure import bare_forward, parser, report_options, run_forward, spec, tracin
 
 CHECKPOINTS = 3
 PAIRS = 20
@@ -32,7 +32,10 @@ def main() -> None:
     arguments = [str(options.model), str(options.photographs), str(options.work)]
     common = ["--checkpoints", str(options.work / "run"), "--checkpoint-weights", "equal"]
     report_speed(arguments, options.work, common)
-    report_exactness(options.work, common)
+    expected = _automatic(options.work)
+    report_options(
+        options.work, common, options.work / "few.npz", expected, ["", "--precision float64"]
+    )
 
 
 def prepare(model: Path, photographs: Path, work: Path) -> None:
@@ -68,7 +71,7 @@ def report_speed(arguments: list[str], work: Path, common: list[str]) -> None:
     """Times self-influence, and bare forward passes before and after."""
     before = bare_forward(__file__, *arguments)
     examples = ["--examples", spec(work / "train.npz")]
-    measured, pipeline = tracin("self-influence", work, *common, *examples)
+    measured, pipeline = tracin("self-influence", work / "self-influence", *common, *examples)
     after = bare_forward(__file__, *arguments)
     forward, together, whole = ((a + b) / 2 for a, b in zip(before, after, strict=True))
     count = len(np.load(work / "train.npz")["labels"]) * CHECKPOINTS
@@ -82,37 +85,11 @@ def report_speed(arguments: list[str], work: Path, common: list[str]) -> None:
     )
 
 
-def report_exactness(work: Path, common: list[str]) -> None:
-    """Compares influence with automatic differentiation, for the options that change rounding."""
-    expected = _automatic(work)
-    few = spec(work / "few.npz")
-    pairs = ["--examples", few, "--queries", few, "--k", str(PAIRS)]
-    kinds = (["--precision", kind] for kind in ("float64", "mixed_bfloat16"))
-    for options in ([], ["--xla"], *kinds):
-        tracin("influence", work, *common, *pairs, *options)
-        found = _influence(work)
-        off = np.abs(found - expected).max(axis=0) / np.abs(expected).max(axis=0)
-        print(
-            f"influence {' '.join(options) or 'as saved'}: {PAIRS} x {PAIRS} pairs, off by at most "
-            f"{off.max():.1e} of the query's largest (goal 1e-6)",
-            flush=True,
-        )
-
-
-def _influence(work: Path) -> np.ndarray:
-    """Returns the influence of each photograph on each, shape [PAIRS, PAIRS]."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(next((work / "influence").glob("influence-*.parquet")))
-    place = {str(name): i for i, name in enumerate(np.load(work / "few.npz")["ids"])}
-    found = np.zeros((PAIRS, PAIRS))
-    for row in table.to_pylist():
-        found[place[row["example_id"]], place[row["query_id"]]] = row["influence"]
-    return found
-
-
 def _automatic(work: Path) -> np.ndarray:
-    """Returns the same from materialised gradients of the last layer, in float64."""
+    """Returns the influence of each photograph on each, shape [PAIRS, PAIRS].
+
+    From materialised gradients of the last layer, in float64.
+    """
     import keras
     import tensorflow as tf
 

@@ -56,9 +56,8 @@ def measure(command: Sequence[str]) -> Measured:
     return Measured(seconds, peak, output[0])
 
 
-def tracin(job: str, work: Path, *arguments: str) -> tuple[Measured, float]:
-    """Runs a command of tracin with its result in WORK/job; also returns the pipeline's seconds."""
-    output = work / job
+def tracin(job: str, output: Path, *arguments: str) -> tuple[Measured, float]:
+    """Runs a command of tracin with its result in `output`; also returns the pipeline's seconds."""
     measured = measure([str(TRACIN), job, *arguments, "--output", str(output), "--overwrite"])
     manifest = json.loads((output / "manifest.json").read_text())
     return measured, manifest["summary"]["seconds"]
@@ -186,3 +185,32 @@ def report_rankings(
         f"{len(query_ids)} queries (proponents, opponents)",
         flush=True,
     )
+
+
+def report_options(
+    work: Path, common: Sequence[str], few: Path, expected: np.ndarray, kinds: Sequence[str]
+) -> None:
+    """Prints what options that change the rounding do to the influence of a few examples.
+
+    Args:
+        work: Where results go.
+        common: Arguments of `tracin influence` without examples and queries.
+        few: Archive of n examples, which are also the queries.
+        expected: Their influence on each other, shape [n, n].
+        kinds: Options to try, with spaces between their parts; empty for none.
+    """
+    import pyarrow.parquet as pq
+
+    place = {str(name): i for i, name in enumerate(np.load(few)["ids"])}
+    pairs = ["--examples", spec(few), "--queries", spec(few), "--k", str(len(place))]
+    for kind in kinds:
+        tracin("influence", work / "options", *common, *pairs, *kind.split())
+        found = np.full_like(expected, np.nan)
+        for row in pq.read_table(next((work / "options").glob("*.parquet"))).to_pylist():
+            found[place[row["example_id"]], place[row["query_id"]]] = row["influence"]
+        off = np.abs(found - expected).max(axis=0) / np.abs(expected).max(axis=0)
+        print(
+            f"influence {kind or 'as saved'}: {len(place)} x {len(place)} pairs, off by at most "
+            f"{off.max():.1e} of the query's largest (goal 1e-6)",
+            flush=True,
+        )

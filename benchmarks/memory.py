@@ -27,7 +27,7 @@ def main() -> None:
         common += ["--checkpoint-weights", str(weights)]
         queries = ["--queries", spec(options.work / "queries.npz"), "--k", "20"]
         for job, more in (("self-influence", []), ("influence", queries)):
-            measured, pipeline = tracin(job, options.work, *common, *more)
+            measured, pipeline = tracin(job, options.work / job, *common, *more)
             peaks.setdefault(job, []).append(measured.peak)
             print(
                 f"{job}, {count:,} examples: peak {measured.peak / 1e6:,.0f} MB, "

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from measure import (
     bare_forward,
     parser,
+    report_options,
     report_rankings,
     run_forward,
     softmax_errors,
@@ -27,6 +28,14 @@ from measure import (
 QUERIES = 200
 K = 20
 BATCH_SIZE = 512
+# Those that change the rounding of the network's forward passes.
+OPTIONS = (
+    "",
+    "--precision float64",
+    "--xla",
+    "--precision mixed_bfloat16",
+    "--precision mixed_float16",
+)
 
 
 def main() -> None:
@@ -85,7 +94,7 @@ def report_speed(mnist: Path, work: Path) -> None:
     }
     for job, arguments in jobs.items():
         before = bare_forward(__file__, str(mnist), str(work))
-        measured, pipeline = tracin(job, work, *arguments)
+        measured, pipeline = tracin(job, work / job, *arguments)
         after = bare_forward(__file__, str(mnist), str(work))
         forward, together, whole = ((a + b) / 2 for a, b in zip(before, after, strict=True))
         print(
@@ -107,12 +116,14 @@ def report_exactness(work: Path) -> None:
     with np.load(work / "queries.npz") as data:
         query_ids, query_images, query_labels = data["ids"], data["images"], data["labels"]
     influence = np.zeros((len(ids), len(query_ids)))
+    among_queries = np.zeros((len(query_ids), len(query_ids)))
     own = np.zeros(len(ids))
     for entry in series:
         rate = entry["learning_rate"]
         e, h = _reference_factors(work / "run" / entry["path"], images, labels)
         f, g = _reference_factors(work / "run" / entry["path"], query_images, query_labels)
         influence += rate * (e @ f.T) * (h @ g.T + 1)
+        among_queries += rate * (f @ f.T) * (g @ g.T + 1)
         own += rate * (e**2).sum(1) * ((h**2).sum(1) + 1)
 
     table = pq.read_table(next((work / "self-influence").glob("self_influence-*.parquet")))
@@ -127,6 +138,8 @@ def report_exactness(work: Path) -> None:
         f"{set(found_ids[:1000]) == set(ids[np.argsort(-own)[:1000]])}"
     )
     report_rankings(work / "influence", ids, query_ids, influence, K)
+    common = ["--checkpoints", str(work / "run")]
+    report_options(work, common, work / "queries.npz", among_queries, OPTIONS)
 
 
 def _models(work: Path) -> list[object]:

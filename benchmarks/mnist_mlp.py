@@ -42,7 +42,7 @@ def main() -> None:
     common += ["--examples", spec(options.work / "train.npz")]
     queries = ["--queries", spec(options.work / "queries.npz"), "--k", str(K)]
     for job, more in (("self-influence", []), ("influence", queries)):
-        measured, pipeline = tracin(job, options.work, *common, *more)
+        measured, pipeline = tracin(job, options.work / job, *common, *more)
         print(
             f"{job}, all layers: {pipeline:.1f} s for the pipeline, {measured.seconds:.1f} s for "
             f"the whole command, {measured.peak / 1e9:.2f} GB; the bare forward passes alone "

@@ -15,7 +15,6 @@ from pipelines.options import parse
 from pipelines.outputs import open_output, staged_output
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.evaluation import inspected_count
-from tracin_transforms.core.ranking import rank_by_score
 from tracin_transforms.report.demo_page import (
     INSPECTED,
     DemoResults,
@@ -126,7 +125,7 @@ def _collect(digits: Digits, directory: Path) -> DemoResults:
     order = np.array([row_of[name] for name in table["example_id"].to_pylist()])
     losses = np.empty(len(order))
     losses[order] = table["loss"].to_numpy()
-    by_loss = rank_by_score(losses, digits.ids)
+    by_loss = np.lexsort((digits.ids, -losses))
 
     inspected = order[: inspected_count(max(INSPECTED), len(order))]
     corrected = digits.labels.copy()

@@ -11,7 +11,6 @@ from tracin_transforms.core.ranking import (
     InfluenceRows,
     TopInfluences,
     merge_block,
-    rank_by_score,
 )
 
 QUERY_IDS = np.array(["q0", "q1", "q2"])
@@ -107,7 +106,7 @@ def _reference(block, queries, k):
     ends = {}
     for query, name in itertools.product(range(len(queries)), ("proponents", "opponents")):
         signed = scores[:, query] if name == "proponents" else -scores[:, query]
-        order = [i for i in rank_by_score(signed, block.example_ids) if signed[i] > 0][:k]
+        order = [i for i in np.lexsort((block.example_ids, -signed)) if signed[i] > 0][:k]
         ends[query, name] = block.example_ids[order].tolist()
     return ends
 
@@ -156,8 +155,3 @@ def test_a_query_without_gradient_has_neither_proponents_nor_opponents():
 
     assert top.proponents.query_rows.tolist() == [1] * 4
     assert top.opponents.query_rows.tolist() == [1] * 4
-
-
-def test_rank_by_score_breaks_ties_by_id():
-    order = rank_by_score(np.array([1.0, 2.0, 1.0, 2.0]), np.array(["d", "c", "a", "b"]))
-    assert order.tolist() == [3, 1, 2, 0]

@@ -55,9 +55,9 @@ def test_a_list_keeps_its_order_and_saved_models_their_directories(tmp_path):
 
 
 def test_files_of_the_same_name_are_told_apart_by_their_directories(tmp_path):
-    _touch(tmp_path, "1/w.weights.h5", "2/w.weights.h5")
-    ids = [name for name, _ in _files(tmp_path, "?/w.weights.h5")]
-    assert ids == [str(tmp_path / d / "w.weights.h5") for d in "12"]
+    _touch(tmp_path, "10/w.weights.h5", "2/w.weights.h5", "1/w.weights.h5")
+    ids = [name for name, _ in _files(tmp_path, "*/w.weights.h5")]
+    assert ids == [str(tmp_path / d / "w.weights.h5") for d in ("1", "2", "10")]
 
 
 def test_what_is_a_run(tmp_path):

@@ -307,6 +307,15 @@ def test_ids_that_occur_twice_and_lost_examples_are_found(tmp_path):
         write_self_influence(tmp_path, tmp_path, 6)
 
 
+def test_equal_self_influence_is_ordered_by_id(tmp_path):
+    block = random_block(np.random.default_rng(1), 6)
+    ids = np.array(["b", "d", "a", "é", "c", "Z"])
+    parts = np.reshape([1.0, 2.0, 1.0, 1.0, 2.0, 1.0], (6, 1, 1))
+    write_scores(tmp_path, dataclasses.replace(block, example_ids=ids), parts)
+    ranking = write_self_influence(tmp_path, tmp_path, 6)
+    assert ranking["example_id"].to_pylist() == ["c", "d", "Z", "a", "b", "é"]
+
+
 def test_influence_files(tmp_path):
     rng = np.random.default_rng(3)
     block, queries = random_block(rng, 30), random_block(rng, 3, "q")

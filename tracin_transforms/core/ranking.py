@@ -143,11 +143,6 @@ def merge_block(
     return TopInfluences(best.query_ids, best.k, *ends)
 
 
-def rank_by_score(scores: np.ndarray, example_ids: np.ndarray) -> np.ndarray:
-    """Returns the row order by falling score, then by example id, shape [n], int64."""
-    return np.lexsort((example_ids, -scores))
-
-
 def _thresholds(known: InfluenceRows, k: int, sign: int, queries: int) -> np.ndarray:
     """Returns each query's k-th best sign * influence so far, 0 where there are fewer than k."""
     counts = np.bincount(known.query_rows, minlength=queries)

@@ -136,7 +136,7 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _text_and_numbers(path: str) -> list[tuple[str, int]]:
-    parts = re.findall(r"(\D*)(\d*)", Path(path).name)
+    parts = re.findall(r"(\D*)(\d*)", path)
     return [(text, int(number or -1)) for text, number in parts]
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.example_ids import check_unique
 from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.core.ranking import InfluenceRows, TopInfluences, rank_by_score
+from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
 from tracin_transforms.storage.files import written_atomically
 
 _ROWS_PER_FILE = 1_000_000
@@ -62,11 +63,10 @@ def write_self_influence(scores: Path, output: Path, expected: int) -> pa.Table:
     table = pa.concat_tables([pq.read_table(file) for file in files])
     if len(table) != expected:
         raise RuntimeError(f"{len(table)} of {expected} examples were scored")
-    example_ids = np.array(table["example_id"].to_pylist())
-    check_unique(example_ids)
-    order = rank_by_score(table["self_influence"].to_numpy(), example_ids)
-    ranks = pa.array(np.arange(1, len(order) + 1))
-    ranking = table.take(pa.array(order)).add_column(0, "rank", ranks)
+    if pc.count_distinct(table["example_id"]).as_py() < expected:
+        check_unique(np.array(table["example_id"].to_pylist()))
+    ranking = table.sort_by([("self_influence", "descending"), ("example_id", "ascending")])
+    ranking = ranking.add_column(0, "rank", pa.array(np.arange(1, expected + 1)))
     _write_parts(ranking, output, "self_influence")
     return ranking
 

@@ -91,5 +91,5 @@ def test_blocks_that_do_not_fit_are_refused():
     block, queries = random_block(rng, 3), random_block(rng, 2, "q")
     with pytest.raises(ValueError, match="weights have shape"):
         influence(block, queries, np.ones(2))
-    with pytest.raises(ValueError, match="layers differ"):
+    with pytest.raises(InputError, match="different forms"):
         influence(block, random_block(rng, 2, "q", has_bias=False), WEIGHTS)

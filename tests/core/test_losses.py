@@ -74,6 +74,15 @@ def test_focal_losses_with_other_options():
     np.testing.assert_allclose(signals[:, 2], (above - below) / 2e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_losses_of_perfect_fits_have_no_gradient(gamma):
+    y, targets = np.array([[900.0, -900.0]]), np.array([[1.0, 0.0]])
+    for name in ("categorical_focal_crossentropy", "binary_focal_crossentropy"):
+        losses, signals = _losses(name, y, targets, gamma=gamma)
+        assert losses.tolist() == [0.0]
+        assert signals.tolist() == [[0.0, 0.0]]
+
+
 @pytest.mark.parametrize("name", ["categorical_focal_crossentropy", "binary_focal_crossentropy"])
 def test_focal_losses_without_focus_are_cross_entropies(name):
     y, targets = random_case(name)

@@ -155,3 +155,22 @@ def test_a_query_without_gradient_has_neither_proponents_nor_opponents():
 
     assert top.proponents.query_rows.tolist() == [1] * 4
     assert top.opponents.query_rows.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("exponent", [-10, -70, -90])
+def test_influence_below_the_range_of_float32_is_ranked(exponent):
+    """Of queries, and training examples, that are all but perfectly fitted."""
+    rng = np.random.default_rng(3)
+    block, queries = random_block(rng, 200), random_block(rng, 3, "q")
+    expected = merge_block(TopInfluences.empty(queries, 5), block, queries, WEIGHTS)
+    scales = [np.full(len(side), 2.0**exponent) for side in (block, queries)]
+    block, queries = block.scaled(scales[0]), queries.scaled(scales[1])
+    top = TopInfluences.empty(queries, 5)
+    for rows in (slice(0, 80), slice(80, None)):
+        top = merge_block(top, block.rows(rows), queries, WEIGHTS)
+    for found, exact in (
+        (top.proponents, expected.proponents),
+        (top.opponents, expected.opponents),
+    ):
+        np.testing.assert_array_equal(found.example_ids, exact.example_ids)
+        np.testing.assert_allclose(found.parts, exact.parts * 4.0**exponent, rtol=1e-5)

@@ -9,8 +9,10 @@ from tests.models.conftest import SPARSE, batch_of, save_series
 from tests.models.reference import assert_factors, example_gradients, load_model
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.products import pair_products
 from tracin_transforms.models.extractor import KerasFactorExtractor
 from tracin_transforms.models.loading import ModelLoading
+from tracin_transforms.models.recorder import CheckpointRecorder
 
 layers = keras.layers
 CLASSES, N = 3, 8
@@ -223,6 +225,42 @@ def test_an_embedding_of_floats_and_one_that_is_shared(tmp_path):
     assert_factors(found, table.transpose(0, 2, 1))
 
 
+def test_negative_indices_count_from_the_end(tmp_path):
+    series = save_series(tmp_path, [_shaken(_model(layers.Embedding(50, 4, name="it"), (3,)))])
+    batch = _batch((3,), 50)
+    batch.inputs[::2, 1], batch.inputs[1::2, 1] = -1, 49
+    (found,) = _factors(series, batch)
+    exact = load_model(series.checkpoints[0], exact=True)
+    (table,) = example_gradients(exact, batch, exact.get_layer("it").trainable_variables)
+    matrix = table.reshape(N, -1)
+    every = np.repeat(np.arange(N), N), np.tile(np.arange(N), N)
+    expected = (matrix @ matrix.T).ravel()
+    np.testing.assert_allclose(pair_products(found, found, *every), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_indices_that_an_embedding_does_not_have(tmp_path):
+    series = save_series(tmp_path, [_shaken(_model(layers.Embedding(50, 4, name="it"), (3,)))])
+    batch = _batch((3,), 50)
+    batch.inputs[4, 1] = 50
+    with pytest.raises(InputError, match=r"'epoch-0': .*\[4,1\] = 50 is not in \[0, 50\)"):
+        _factors(series, batch)
+
+
+@keras.saving.register_keras_serializable("tests")
+class _WithItsOwnCall(layers.Dense):
+    def call(self, inputs):
+        return self.activation(keras.ops.matmul(inputs, self.kernel) + self.bias)
+
+
+def test_a_dense_layer_with_a_call_of_its_own(tmp_path):
+    series = save_series(tmp_path, [_model(_WithItsOwnCall(4, "tanh", name="it"), (5,))])
+    batch = _batch((5,))
+    (found,) = _factors(series, batch)
+    exact = load_model(series.checkpoints[0])
+    kernel, bias = example_gradients(exact, batch, exact.get_layer("it").trainable_variables)
+    assert_factors(found, kernel.transpose(0, 2, 1), bias)
+
+
 LORA = {
     "dense": (lambda: layers.Dense(4, name="it"), (5,), None),
     "dense at positions": (lambda: layers.Dense(9, name="it"), (2, 8), None),
@@ -287,13 +325,22 @@ def test_lora_that_keras_has_merged_is_refused(tmp_path):
         _factors(series, _batch((5,)))
 
 
-def test_a_quantised_layer_is_refused(tmp_path):
-    layer = layers.Dense(4, name="it")
-    model = _model(layer, (5,))
+@pytest.mark.parametrize("options", [{}, {"float64": True}, {"precision": "float32"}])
+def test_a_quantised_layer_is_refused_also_where_it_does_not_count(tmp_path, options):
+    layer = layers.Embedding(9, 4, name="it")
+    model = _model(layer, (3,))
     layer.quantize("int8")
     series = save_series(tmp_path, [model])
+    with pytest.raises(InputError, match=r"epoch-0.keras': layer 'it' is quantised to int8"):
+        KerasFactorExtractor(series, **options).load()
+    model.compile("sgd", "mean_squared_error")
     with pytest.raises(InputError, match="layer 'it' is quantised to int8"):
-        _factors(series, _batch((5,)))
+        model.fit(
+            np.zeros((2, 3)),
+            np.zeros((2, CLASSES)),
+            verbose=0,
+            callbacks=[CheckpointRecorder(tmp_path / "run")],
+        )
 
 
 def test_equations_with_a_weight_for_each_example_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Models of every shape, all dense layers, against float64 automatic differentiation."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from tests.models.conftest import batch_of, save_series
 from tests.models.reference import assert_factors, example_gradients, load_model
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.influence import influence, self_influence
 from tracin_transforms.models.extractor import KerasFactorExtractor
 from tracin_transforms.models.layers import all_layers, candidate_layers
 
@@ -161,11 +164,15 @@ def test_the_smaller_form_is_kept(tmp_path):
 
 
 def test_blocks_are_as_large_as_memory_has_room_for(tmp_path):
-    """Two checkpoints, and 8 + 3 numbers in float32 for an example at each."""
+    """Two checkpoints, 8 + 3 numbers in float32 for an example at each; 3 in float64 for labels."""
     series = save_series(tmp_path, [_shared(), _shared()])
     loaded = KerasFactorExtractor(series).load()
     assert loaded.block_rows(2048) == 2048
-    assert loaded.block_rows(10**9) == 2**27 // (4 * 2 * (8 + CLASSES))
+    room = 2**27 // (4 * 2 * (8 + CLASSES) + 8 * CLASSES)
+    assert loaded.block_rows(10**9) == room
+    # A loss without a formula, whose labels may have any shape.
+    another = dataclasses.replace(series, loss="cosine_similarity", from_logits=None)
+    assert KerasFactorExtractor(another).load().block_rows(10**9) == room
     subclassed = tmp_path / "subclassed"
     subclassed.mkdir()
     loaded = KerasFactorExtractor(save_series(subclassed, [_subclassed()])).load()
@@ -201,6 +208,50 @@ def test_inputs_of_any_length(tmp_path):
         batch = batch_of(np.ascontiguousarray(inputs), batch.targets)
         for layer in loaded.extract(batch).gradients[0].layers:
             _assert_dense_factors(layer, exact, batch)
+
+
+def test_another_length_does_not_change_the_form_of_factors(tmp_path):
+    """Training examples of 20 positions, where the gradient itself is smaller, and queries of 2."""
+    source = keras.Input((None, 2))
+    x = layers.GlobalAveragePooling1D()(layers.Dense(5, "relu", name="it")(source))
+    series = save_series(tmp_path, [keras.Model(source, layers.Dense(CLASSES)(x))])
+    rng = np.random.default_rng(0)
+    few, many = (
+        batch_of(rng.standard_normal((6, n, 2)).astype(np.float32), np.arange(6) % CLASSES)
+        for n in (2, 20)
+    )
+    loaded = KerasFactorExtractor(series, "it").load()
+    before, block, after = (loaded.extract(batch) for batch in (few, many, few))
+    np.testing.assert_array_equal(*(self_influence(b, np.ones(1)) for b in (before, after)))
+    queries = KerasFactorExtractor(series, "it", float64=True).load().extract(few)
+
+    exact = load_model(series.checkpoints[0], exact=True)
+    variables = exact.get_layer("it").trainable_variables
+    sides = []
+    for batch in (many, few):
+        parts = example_gradients(exact, batch, variables)
+        sides.append(np.hstack([part.reshape(6, -1) for part in parts]))
+    expected = sides[0] @ sides[1].T
+    found = influence(block, queries, np.ones(1))
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_large_layer_that_is_also_applied_at_positions(tmp_path):
+    one, many = keras.Input((128,), name="one"), keras.Input((200, 128), name="many")
+    shared = layers.Dense(128, name="shared")
+    pooled = layers.GlobalAveragePooling1D()(shared(many))
+    x = layers.Concatenate()([shared(one), pooled])
+    model = keras.Model({"one": one, "many": many}, layers.Dense(CLASSES)(x))
+    series = save_series(tmp_path, [model])
+    rng = np.random.default_rng(0)
+    shapes = {"one": (5, 128), "many": (5, 200, 128)}
+    inputs = {name: rng.random(shape).astype(np.float32) for name, shape in shapes.items()}
+    batch = batch_of(inputs, np.arange(5) % CLASSES)
+    found = KerasFactorExtractor(series).load().extract(batch).losses[:, 0]
+    expected = keras.losses.sparse_categorical_crossentropy(
+        batch.targets, model(inputs), from_logits=True
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_named_and_frozen_layers():

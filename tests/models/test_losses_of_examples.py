@@ -167,6 +167,18 @@ def test_one_output_of_two(tmp_path, as_dictionary):
         KerasFactorExtractor(kinds, "kind,size").load()
 
 
+def test_outputs_by_name_have_losses_by_name():
+    model = _two_outputs(as_dictionary=True)
+    names = list(model.output)
+    model.compile(loss=["mean_squared_error"] * 2)
+    with pytest.raises(InputError, match="outputs by name and a list of losses: expected losses"):
+        loss_of_model(model, names[0])
+    model.compile(loss=dict.fromkeys(names, "mean_squared_error"))
+    assert loss_of_model(model, names[0]).name == "mean_squared_error"
+    with pytest.raises(InputError, match="no loss of an output 'other'"):
+        loss_of_model(model, "other")
+
+
 def test_the_name_of_a_single_output(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(CLASSES, name="kind")])
     series = save_series(tmp_path, [model])
@@ -218,6 +230,16 @@ def test_positions_whose_class_is_ignored(tmp_path):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
     block = _check(series, _batch(inputs=_tokens(), targets=tags), ["a", "tags"], loss)
     assert block.losses[3, 0] == 0
+
+
+def test_a_class_to_ignore_that_the_model_does_not_have(tmp_path):
+    series = save_series(tmp_path, [_at_positions()])
+    series = dataclasses.replace(series, loss_options={"ignore_class": 255})
+    tags = np.random.default_rng(3).integers(0, CLASSES, (N, 5))
+    tags[:, 1] = 255
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255)
+    block = _check(series, _batch(inputs=_tokens(), targets=tags), ["a", "tags"], loss)
+    np.testing.assert_array_equal(block.labels, tags)
 
 
 def test_a_bad_reduction_is_named(tmp_path):
@@ -334,6 +356,39 @@ def test_the_margin_of_a_binary_model(tmp_path, end):
     _check(series, _batch(targets=labels), ["b"], loss)
 
 
+def test_labels_that_query_losses_take(tmp_path):
+    (tmp_path / "binary").mkdir()
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, name="b")])
+    binary = save_series(tmp_path / "binary", [model], "binary_margin", True)
+    signs = KerasFactorExtractor(binary).load().extract(_batch(targets=np.arange(N) % 2 * 2 - 1))
+    digits = KerasFactorExtractor(binary).load().extract(_batch(targets=np.arange(N) % 2))
+    np.testing.assert_array_equal(signs.losses, digits.losses)
+    many = dataclasses.replace(binary, loss="margin")
+    with pytest.raises(InputError, match="one output, .* or binary_margin for queries"):
+        KerasFactorExtractor(many).load().extract(_batch(targets=np.zeros(N, int)))
+
+    series = save_series(tmp_path, [_plain()], "margin", True)
+    hard = KerasFactorExtractor(series).load().extract(_batch())
+    soft = np.eye(CLASSES)[_batch().targets] * 0.9 + 0.1 / CLASSES
+    np.testing.assert_array_equal(
+        KerasFactorExtractor(series).load().extract(_batch(targets=soft)).losses, hard.losses
+    )
+    unlabelled = dataclasses.replace(series, loss="entropy")
+    found = KerasFactorExtractor(unlabelled).load().extract(_batch(targets=np.full(N, -1)))
+    assert found.labels.tolist() == [-1] * N
+    np.testing.assert_array_equal(found.predictions, hard.predictions)
+
+
+def test_predictions_of_a_sigmoid_that_keras_does_not_know_of(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, "sigmoid"), layers.Reshape((1,))])
+    series = save_series(tmp_path, [model], "binary_crossentropy", False)
+    batch = _batch(targets=np.arange(N) % 2)
+    found = KerasFactorExtractor(series).load().extract(batch).predictions
+    expected = model(batch.inputs).numpy()[:, 0] > 0.5
+    assert 0 < expected.sum() < N
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_softmax_that_keras_does_not_know_of(tmp_path):
     """Its logits are hidden: the loss is differentiated as a whole."""
     source = keras.Input((4,))
@@ -392,6 +447,43 @@ def test_registered_losses(tmp_path, loss, name, options):
         ["a", "b"],
         lambda t, y: function(tf.cast(t, y.dtype), y),
     )
+
+
+@keras.saving.register_keras_serializable("tests")
+def normal_likelihood(y_true, y_pred):
+    """Of outputs that are a mean and a log-variance; labels have one number."""
+    mean, log_variance = y_pred[:, :1], y_pred[:, 1:]
+    squares = (y_true - mean) ** 2 * keras.ops.exp(-log_variance)
+    return keras.ops.mean(log_variance + squares, axis=-1)
+
+
+def test_labels_of_another_shape_than_the_outputs(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="b")])
+    series = save_series(tmp_path, [model], "tests>normal_likelihood", None)
+    targets = np.random.default_rng(4).standard_normal((N, 1)).astype(np.float32)
+    block = _check(
+        series,
+        _batch(targets=targets),
+        ["b"],
+        lambda t, y: normal_likelihood(tf.cast(t, y.dtype), y),
+    )
+    np.testing.assert_array_equal(block.labels, targets[:, 0])
+    with pytest.raises(InputError, match=r"labels have shape \(10,\), outputs \(10, 2\): expected"):
+        KerasFactorExtractor(series).load().extract(_batch(targets=targets[:, 0]))
+    with pytest.raises(InputError, match=r"'epoch-0': .* Incompatible shapes: \[10,2,3\]"):
+        KerasFactorExtractor(series).load().extract(_batch(targets=np.ones((N, 2, 3))))
+    squares = dataclasses.replace(series, loss="tests>quartic")
+    with pytest.raises(InputError, match="does not take labels of shape .*3.* and outputs of"):
+        KerasFactorExtractor(squares).load().extract(_batch(targets=np.ones((N, 3))))
+
+
+def test_ctc(tmp_path):
+    model = keras.Sequential([keras.Input((4, 3)), layers.Dense(5, name="b")])
+    series = save_series(tmp_path, [model], "ctc", None)
+    rng = np.random.default_rng(4)
+    inputs, words = rng.random((N, 4, 3)).astype(np.float32), rng.integers(1, 5, (N, 2))
+    block = _check(series, _batch(inputs=inputs, targets=words), ["b"], keras.losses.ctc)
+    np.testing.assert_array_equal(block.labels, words)
 
 
 class _Unregistered(keras.losses.Loss):

@@ -105,6 +105,41 @@ def test_queries_of_a_model_that_cannot_be_widened(tmp_path):
     np.testing.assert_array_equal(single, double)
 
 
+@keras.saving.register_keras_serializable("tests")
+class _OperationOfFloat32(keras.Operation):
+    def call(self, inputs):
+        return tf.add(inputs, tf.constant(1.0))
+
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, "float32")
+
+
+@keras.saving.register_keras_serializable("tests")
+def gelu_of_float32(x):
+    return x * tf.nn.sigmoid(x * tf.constant(1.702))
+
+
+@keras.saving.register_keras_serializable("tests")
+def weighted_squares(y_true, y_pred):
+    weights = tf.constant([1.0, 2.0, 3.0])
+    return tf.reduce_mean(weights * (tf.cast(y_true, tf.float32) - y_pred) ** 2, axis=-1)
+
+
+def test_float32_in_the_code_of_activations_losses_and_operations(tmp_path):
+    source = keras.Input((4,))
+    x = keras.layers.Dense(6, gelu_of_float32, name="body")(source)
+    outputs = keras.layers.Dense(3, name="head")(x)
+    model = keras.Model(source, _OperationOfFloat32()(outputs))
+    series = save_series(tmp_path, [model], "tests>weighted_squares", None)
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.standard_normal((8, 4)), rng.standard_normal((8, 3))
+    batch = batch_of(inputs.astype(np.float32), targets)
+    expected = weighted_squares(targets, model(batch.inputs))
+    for float64 in (False, True):
+        block = KerasFactorExtractor(series, "all-dense", float64=float64).load().extract(batch)
+        np.testing.assert_allclose(block.losses[:, 0], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_another_precision_than_the_model_was_saved_with(tmp_path, precision):
     model = _many_layers()

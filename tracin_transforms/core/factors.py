@@ -120,6 +120,14 @@ class GradientFactors:
         """Returns the factors of the selected examples."""
         return replace(self, layers=tuple(layer.rows(selection) for layer in self.layers))
 
+    def scaled(self, factors: np.ndarray) -> "GradientFactors":
+        """Returns the factors of gradients that are multiplied by a factor each, shape [n]."""
+        layers = []
+        for layer in self.layers:
+            by_row = factors.astype(np.float32).reshape(-1, *[1] * (layer.error_signals.ndim - 1))
+            layers.append(replace(layer, error_signals=by_row * layer.error_signals))
+        return replace(self, layers=tuple(layers))
+
 
 @dataclass(frozen=True, eq=False)
 class FactorBlock:
@@ -181,6 +189,12 @@ class FactorBlock:
     def layer_names(self) -> tuple[str, ...]:
         """Names of the layers, in order, at the first checkpoint."""
         return tuple(layer.name for layer in self.gradients[0].layers)
+
+    def scaled(self, factors: np.ndarray) -> "FactorBlock":
+        """Returns the block with each row's gradients multiplied by a factor, shape [n]."""
+        if (factors == 1).all():
+            return self
+        return replace(self, gradients=tuple(g.scaled(factors) for g in self.gradients))
 
     def rows(self, selection: slice | np.ndarray) -> "FactorBlock":
         """Returns the block of the selected rows; `start` stays that of the whole block."""

@@ -17,6 +17,10 @@ from tracin_transforms.core.products import (
     squared_norms,
 )
 
+# Gradients of this norm are magnified, by powers of two that float32 has room for.
+_TINY = 2.0**-40
+_LARGEST_EXPONENT = 120
+
 
 def influence(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> np.ndarray:
     r"""Returns the influence of each training example on each query example.
@@ -137,6 +141,21 @@ def rounding_bound(block: FactorBlock, queries: FactorBlock, weights: np.ndarray
     return 8 * np.sqrt(numbers) * 2.0**-24 * (_absolute_norms(queries) @ (weights * largest))
 
 
+def magnification(queries: FactorBlock) -> np.ndarray:
+    """Returns by what to multiply each query's gradient so that products do not underflow.
+
+    Args:
+        queries: q query examples.
+
+    Returns:
+        Powers of two, shape [q], float64; 1 but for gradients that are tiny at every checkpoint.
+    """
+    norms = _absolute_norms(queries).max(axis=1, initial=0.0)
+    is_tiny = (norms > 0) & (norms < _TINY)
+    exponents = np.floor(np.log2(norms, where=is_tiny, out=np.zeros(len(norms))))
+    return np.exp2(np.minimum(-exponents, _LARGEST_EXPONENT))
+
+
 def _absolute_norms(block: FactorBlock) -> np.ndarray:
     """Returns what bounds the terms of a product of gradients, shape [n, K], float64."""
     squares = np.zeros((len(block), len(block.gradients)))
@@ -174,4 +193,8 @@ def _check_same_series(block: FactorBlock, queries: FactorBlock, weights: np.nda
             for side in (gradient, query_gradient)
         )
         if layers != query_layers:
-            raise ValueError(f"layers differ: {layers} vs {query_layers}")
+            raise InputError(
+                "the gradient factors of training and query examples have different forms, "
+                f"{layers} and {query_layers} (layer, bias, groups, one-hot): expected the same "
+                "layers, and inputs of the same shape where a model does not declare it"
+            )

@@ -28,7 +28,7 @@ class LossFormula:
             the error signals ∂loss/∂y, shape [..., C].
         targets: What the targets are: ``index`` (a class index), ``distribution`` (a row over
             the classes, such as a one-hot row), ``class`` (either of both), ``binary`` (0 or 1 for
-            each output) or ``value``.
+            each output) or ``value``; ``indices`` where the formula does not take them.
         end: Activation at the end of a model that gives the loss probabilities, ``softmax`` or
             ``sigmoid``; the formula takes its input, the logits. None: it takes the outputs.
     """
@@ -59,7 +59,7 @@ def categorical_focal_crossentropy(
     p, rest, log_p = _softmax(xp, y)
     focus = rest**gamma
     # u_c = p_c ∂loss/∂p_c, and ∂p_c/∂y_j = p_c (δ_cj − p_j)
-    u = -alpha * t * (focus - gamma * p * rest ** (gamma - 1) * log_p)
+    u = -alpha * t * (focus - gamma * p * _power(xp, rest, gamma - 1) * log_p)
     others = xp.sum(u, axis=-1, keepdims=True) - u
     return -alpha * xp.sum(t * focus * log_p, axis=-1), u * rest - p * others
 
@@ -86,9 +86,8 @@ def binary_focal_crossentropy(
     weight = (t * alpha + (1 - t) * (1 - alpha)) if apply_class_balancing else 1.0
     missing = t * rest + (1 - t) * p
     slope = -(2 * t - 1) * p * rest
-    signal = gamma * missing ** (gamma - 1) * slope * cross_entropy + missing**gamma * (
-        (1 - t) * p - t * rest
-    )
+    steep = gamma * _power(xp, missing, gamma - 1) * slope * cross_entropy
+    signal = steep + missing**gamma * ((1 - t) * p - t * rest)
     loss = xp.mean(weight * missing**gamma * cross_entropy, axis=-1)
     return loss, weight * signal / y.shape[-1]
 
@@ -169,8 +168,11 @@ def margin(xp: Any, y: Any, t: Any) -> Arrays:
 
 
 def binary_margin(xp: Any, y: Any, t: Any) -> Arrays:
-    """``loss = mean_c (1 − 2 t) y``, the margin log(p / (1 − p)) of the label, negated."""
-    signs = 1 - 2 * t
+    """``loss = mean_c (1 − 2 t) y``, the margin log(p / (1 − p)) of the label, negated.
+
+    As in hinge losses, a label of −1 means 0.
+    """
+    signs = 1 - 2 * xp.maximum(t, xp.zeros_like(t))
     return xp.mean(signs * y, axis=-1), signs / y.shape[-1]
 
 
@@ -187,6 +189,13 @@ def entropy(xp: Any, y: Any, t: Any) -> Arrays:
     p, _, log_p = _softmax(xp, y)
     found = -xp.sum(p * log_p, axis=-1, keepdims=True)
     return found[..., 0], -p * (log_p + found)
+
+
+def _power(xp: Any, base: Any, exponent: float) -> Any:
+    """Returns base ** exponent, 0 for a base of 0: what it multiplies goes to 0 faster."""
+    is_zero = xp.equal(base, 0.0)
+    power = xp.where(is_zero, xp.ones_like(base), base) ** exponent
+    return xp.where(is_zero, xp.zeros_like(base), power)
 
 
 def _smoothed(t: Any, label_smoothing: float, towards: float) -> Any:
@@ -239,5 +248,5 @@ QUERY_LOSSES: dict[str, LossFormula] = {
     "margin": LossFormula(margin, "class", "softmax"),
     "binary_margin": LossFormula(binary_margin, "binary", "sigmoid"),
     "logit": LossFormula(logit, "class", "softmax"),
-    "entropy": LossFormula(entropy, "class", "softmax"),
+    "entropy": LossFormula(entropy, "indices", "softmax"),
 }

@@ -9,7 +9,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.core.influence import influence, pair_influence, rounding_bound
+from tracin_transforms.core.influence import (
+    influence,
+    magnification,
+    pair_influence,
+    rounding_bound,
+)
 
 # Above this many candidates per query and k the block's own k-th best value is worth computing.
 _CANDIDATES_PER_K = 4
@@ -126,11 +131,14 @@ def merge_block(
         queries: Query examples at the same checkpoints.
         weights: η_k, shape [K].
     """
-    scores = influence(block, queries, weights)
-    margin = rounding_bound(block, queries, weights)
+    # Influence on a query that is all but perfectly fitted would be lost below float32's range.
+    scales = magnification(queries)
+    scaled = queries.scaled(scales)
+    scores = influence(block, scaled, weights)
+    margin = rounding_bound(block, scaled, weights)
     ends = []
     for sign, known in ((1, best.proponents), (-1, best.opponents)):
-        thresholds = _thresholds(known, best.k, sign, len(queries))
+        thresholds = scales * _thresholds(known, best.k, sign, len(queries))
         rows, columns = _candidates(sign * scores, thresholds, margin, best.k)
         found = InfluenceRows(
             query_rows=columns,

@@ -8,6 +8,8 @@ from tracin_transforms.core.errors import InputError
 
 # Kinds of targets that stand for one of several classes.
 _CLASSES = ("index", "distribution", "class")
+# Labels of any form, class indices or values: those of losses that are not formulas of ours.
+INDICES, VALUES = "indices", "values"
 
 
 class RowError(InputError):
@@ -26,19 +28,25 @@ def target_rows(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.nd
     """Returns targets in the form that formulas take: one number for each output.
 
     Args:
-        kind: `LossFormula.targets`.
+        kind: `LossFormula.targets`; or ``indices`` or ``values``, of any shape, for a reader.
         targets: As the examples have them: indices of shape [n], or rows.
         shape: Of the outputs, [n, ..., C].
 
     Returns:
-        Shape [n, ..., C], float64.
+        Shape [n, ..., C], float64; for ``indices`` and ``values`` that of the targets, or of
+        indices instead of one-hot rows.
 
     Raises:
         InputError: The targets do not fit the outputs; RowError where it is one row.
     """
     targets = np.asarray(targets)
+    if kind in (INDICES, VALUES):
+        return _any_form(kind, targets, shape)
     if kind == "class":
-        kind = "distribution" if targets.shape == shape and shape[-1] > 1 else "index"
+        if targets.shape == shape and shape[-1] > 1:
+            _check_values("distribution", targets.astype(np.float64))
+            targets = targets.argmax(axis=-1)
+        kind = "index"
     if targets.ndim == len(shape) and targets.shape[-1] == 1 and (kind == "index"):
         targets = targets[..., 0]
     if targets.ndim == len(shape) - 1 and shape[-1] == 1 and kind != "index":
@@ -56,8 +64,26 @@ def target_rows(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.nd
     return rows
 
 
+def _any_form(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if kind == VALUES and targets.ndim == 1 and shape[-1] > 1:
+        raise InputError(
+            f"labels have shape {targets.shape}, outputs {shape}: expected labels with an axis "
+            "for the outputs too"
+        )
+    if kind == INDICES and targets.shape == shape and shape[-1] > 1:
+        targets = targets.argmax(axis=-1)
+    rows = targets.astype(np.float64)
+    _check_values(kind, rows[:, None] if rows.ndim == 1 else rows)
+    return rows
+
+
 def _one_hot(targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     classes = shape[-1]
+    if classes == 1:
+        raise InputError(
+            "the model has one output, and the loss takes one of several classes: expected a "
+            "binary one, such as binary_crossentropy, or binary_margin for queries"
+        )
     if targets.shape != shape[:-1] or targets.dtype.kind not in "iu":
         raise InputError(
             f"labels have shape {targets.shape} and dtype {targets.dtype}, expected integers of "
@@ -102,7 +128,7 @@ def readable_targets(kind: str, rows: np.ndarray) -> np.ndarray:
     """
     if kind in _CLASSES:
         return _one_each(rows.argmax(axis=-1).astype(np.int32))
-    whole = kind == "binary" and (rows == np.round(rows)).all()
+    whole = kind == INDICES or (kind == "binary" and (rows == np.round(rows)).all())
     return _one_each(rows.astype(np.int32 if whole else np.float32))
 
 
@@ -113,7 +139,7 @@ def readable_predictions(kind: str, y: np.ndarray) -> np.ndarray:
         kind: `LossFormula.targets`.
         y: What the formula takes, shape [n, ..., C].
     """
-    if kind in _CLASSES:
+    if kind in (*_CLASSES, INDICES):
         return _one_each(y.argmax(axis=-1).astype(np.int32))
     if kind == "binary":
         return _one_each((y > 0).astype(np.int32))
@@ -138,10 +164,10 @@ def weights_of_classes(
     """
     if not class_weights:
         return np.ones(len(rows))
-    single = kind == "binary" and rows.shape[1:] == (1,)
-    if rows.ndim != 2 or not (single or kind in _CLASSES):
+    single = kind in ("binary", INDICES) and rows.size == len(rows)
+    if not single and (rows.ndim != 2 or kind not in _CLASSES):
         raise InputError("class weights need one class index, one-hot row or binary label each")
-    classes = np.round(rows[:, 0]).astype(int) if single else rows.argmax(axis=1)
+    classes = np.round(rows.ravel()).astype(int) if single else rows.argmax(axis=1)
     return np.array([class_weights.get(int(index), 1.0) for index in classes])
 
 

@@ -18,7 +18,8 @@ class LossEnd:
 
     Attributes:
         losses: Loss of each example, with its weight, shape [n], float64.
-        loss_inputs: The logits or outputs that the loss takes, shape [n, ..., C], float64.
+        loss_inputs: The logits or outputs that the loss takes, shape [n, ..., C], float64. Of
+            sigmoids whose logits are hidden: logits again, to tell predictions by their signs.
     """
 
     losses: tf.Tensor
@@ -78,9 +79,7 @@ def loss_end(
         # On the tape again: the loss is no part of the model.
         with tape:
             losses = losses_of_examples(loss, outputs, targets, rows, weights)
-        return LossEnd(
-            tf.cast(losses, tf.float64), tf.cast(outputs, tf.float64), tape, losses, None
-        )
+        return LossEnd(tf.cast(losses, tf.float64), _like_logits(loss, outputs), tape, losses, None)
     by_position, signal = formula.formula(ops, tf.cast(taken, tf.float64), rows, **loss.options)
     shares = _shares(loss, by_position, outputs, weights)
     return LossEnd(
@@ -146,6 +145,13 @@ def _taken_by_loss(loss: TrainingLoss, sources: list[tf.Tensor], outputs: Any) -
     if logits is None and any(outputs is source for source in sources):
         raise InputError(_misfit(loss, f"no {formula.end}", "probabilities"))
     return logits
+
+
+def _like_logits(loss: TrainingLoss, outputs: tf.Tensor) -> tf.Tensor:
+    outputs = tf.cast(outputs, tf.float64)
+    if loss.takes_sigmoid and not loss.from_logits:
+        return tf.math.log(outputs) - tf.math.log1p(-outputs)
+    return outputs
 
 
 def _misfit(loss: TrainingLoss, found: str, taken: str) -> str:

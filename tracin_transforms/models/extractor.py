@@ -1,6 +1,6 @@
 """Gradient factors of a Keras model's layers, at every checkpoint of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,8 +13,9 @@ from tracin_transforms.core.factors import FactorBlock, GradientFactors, check_f
 from tracin_transforms.core.losses import LOSSES, QUERY_LOSSES
 from tracin_transforms.core.protocols import ExampleBatch
 from tracin_transforms.core.targets import (
+    INDICES,
+    VALUES,
     RowError,
-    readable_predictions,
     readable_targets,
     target_rows,
     weights_of_classes,
@@ -23,6 +24,7 @@ from tracin_transforms.models.batch_size import BatchSize
 from tracin_transforms.models.devices import share_devices
 from tracin_transforms.models.factor_function import ExampleFactors, FactorFunction, Targets
 from tracin_transforms.models.gradient_check import check_gradients
+from tracin_transforms.models.layer_factors import ChosenMatrix
 from tracin_transforms.models.layers import LAST
 from tracin_transforms.models.loading import LoadedCheckpoint, ModelLoading, load_checkpoints
 from tracin_transforms.models.precision import (
@@ -104,9 +106,8 @@ class LoadedKerasExtractor:
                 functions[id(loaded.model)] = self._function(loaded)
         self._functions = [functions[id(loaded.model)] for loaded in self._checkpoints]
         # Other networks are checked with the first batch: compiling each twice would take seconds.
-        self._functions[0].check()
         # Settled here: a shard that is done again must be cut into the same blocks.
-        self._numbers_per_example = self._functions[0].numbers_per_example
+        self._numbers_per_example = self._functions[0].check()
         self._checked = False
 
     def extract(self, batch: ExampleBatch) -> FactorBlock:
@@ -117,7 +118,7 @@ class LoadedKerasExtractor:
                 is not finite, or the factors differ from automatic differentiation.
         """
         _check_inputs_finite(batch)
-        shapes = [function.ends.output_shape(batch.inputs) for function in self._functions]
+        shapes = [function.output_shape(batch.inputs) for function in self._functions]
         if len(set(shapes)) > 1:
             raise InputError(
                 f"the checkpoints' models have outputs of different shapes: {sorted(set(shapes))}: "
@@ -140,7 +141,7 @@ class LoadedKerasExtractor:
                 start=batch.start,
                 example_ids=batch.example_ids,
                 labels=readable_targets(kind, targets.rows),
-                predictions=readable_predictions(kind, found[-1].loss_inputs),
+                predictions=found[-1].predictions,
                 losses=np.stack([f.losses for f in found], axis=1).astype(np.float32),
                 gradients=tuple(
                     GradientFactors(loaded.checkpoint.id, f.layers)
@@ -149,17 +150,19 @@ class LoadedKerasExtractor:
             )
         )
         if not self._checked:
-            self._check_gradients(batch, targets, block)
+            self._check_gradients(batch, targets, block, [f.matrices for f in found])
             self._checked = True
         return block
 
     def block_rows(self, limit: int) -> int:
         """Returns how many examples, at most `limit`, make a block of no more than 128 MiB."""
-        numbers = self._numbers_per_example
-        if numbers is None:
+        if self._numbers_per_example is None:
             # A model that Keras has no graph of shows its layers with the first examples only.
             return min(limit, _ROWS_OF_UNKNOWN_SIZE)
-        return max(1, min(limit, _BLOCK_BYTES // (4 * numbers * len(self._functions))))
+        factors, loss_inputs = self._numbers_per_example
+        # A label is a float64 for each number that the loss takes.
+        example = 4 * factors * len(self._functions) + 8 * loss_inputs
+        return max(1, min(limit, _BLOCK_BYTES // example))
 
     def _load(self) -> list[LoadedCheckpoint]:
         series, loading = self._description.series, self._description.loading
@@ -206,24 +209,30 @@ class LoadedKerasExtractor:
         if batch.sample_weights is not None:
             _check_weights(batch)
             weights = weights * batch.sample_weights
-        return Targets(batch.targets, rows, weights)
+        return Targets(kind, batch.targets, rows, weights)
 
-    def _check_gradients(self, batch: ExampleBatch, targets: Targets, block: FactorBlock) -> None:
+    def _check_gradients(
+        self,
+        batch: ExampleBatch,
+        targets: Targets,
+        block: FactorBlock,
+        matrices: Sequence[Sequence[ChosenMatrix]],
+    ) -> None:
         # A well fitted example has hardly a gradient and would pass with any formula.
         worst = np.argsort(-block.losses.sum(axis=1), kind="stable")[:_CHECKED_EXAMPLES]
         few, few_targets = batch.rows(worst), targets.rows_at(worst)
-        for run, loaded, gradient in zip(
-            self._functions, self._checkpoints, block.rows(worst).gradients, strict=True
-        ):
-            check_gradients(run, self._loss, loaded.values, few.inputs, few_targets, gradient)
+        columns = (self._functions, self._checkpoints, block.rows(worst).gradients, matrices)
+        for run, at, gradient, chosen in zip(*columns, strict=True):
+            check_gradients(run, self._loss, at.values, few.inputs, few_targets, gradient, chosen)
 
 
 def _kind_of_targets(loss: TrainingLoss, targets: np.ndarray, shape: tuple[int, ...]) -> str:
     known = LOSSES.get(loss.name) or QUERY_LOSSES.get(loss.name)
-    if known:
+    if known and (loss.formula is not None or known.targets != "index"):
         return known.targets
+    # Another loss may take labels of any form, such as an index of a class to ignore.
     is_index = targets.ndim <= len(shape) and targets.dtype.kind in "iu" and shape[-1] > 1
-    return "index" if is_index else "value"
+    return INDICES if is_index else VALUES
 
 
 def _check_weights(batch: ExampleBatch) -> None:

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ import tensorflow as tf
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import LayerFactors
 from tracin_transforms.core.protocols import Inputs, input_rows
+from tracin_transforms.core.targets import readable_predictions
 from tracin_transforms.models.batch_size import BatchSize
 from tracin_transforms.models.error_signals import LossEnd, loss_end
 from tracin_transforms.models.layer_factors import ChosenMatrix, layer_factors
@@ -21,9 +23,11 @@ from tracin_transforms.models.model_ends import ModelEnds, kinds
 from tracin_transforms.models.taps import Tap, tapped
 from tracin_transforms.models.training_loss import TrainingLoss
 
-_Tensors = tuple[tf.Tensor, ...]
+# The chosen weights; and losses, inputs of the loss, activations and error signals of each.
+_Traced = tuple[list[ChosenMatrix], tuple[tf.Tensor, ...]]
 # One at a time: layers are changed while a function is compiled.
 _COMPILING = threading.Lock()
+_STAND_IN = TrainingLoss("mean_squared_error", None, {})
 # The values of a model's variables at one checkpoint.
 Values = Sequence[tf.Tensor]
 
@@ -34,13 +38,15 @@ class ExampleFactors:
 
     Attributes:
         losses: Shape [n], float64.
-        layers: The factors of each chosen weight.
-        loss_inputs: The logits or outputs that the loss takes, shape [n, ..., C], float64.
+        predictions: See `core.targets.readable_predictions`, shape [n] or [n, m].
+        matrices: The chosen weights.
+        layers: The factors of each.
     """
 
     losses: np.ndarray
+    predictions: np.ndarray
+    matrices: Sequence[ChosenMatrix]
     layers: tuple[LayerFactors, ...]
-    loss_inputs: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,22 +54,39 @@ class Targets:
     """The labels of n examples, in the forms that losses take, with their weights.
 
     Attributes:
+        kind: See `core.targets.target_rows`.
         given: As the examples have them.
         rows: What `core.targets.target_rows` made of them, shape [n, ..., C], float64.
         weights: What each example's loss is multiplied with, shape [n], float64.
     """
 
+    kind: str
     given: np.ndarray
     rows: np.ndarray
     weights: np.ndarray
 
     def rows_at(self, selection: slice | np.ndarray) -> "Targets":
         """Returns the targets of the selected examples."""
-        return Targets(self.given[selection], self.rows[selection], self.weights[selection])
+        parts = (part[selection] for part in (self.given, self.rows, self.weights))
+        return Targets(self.kind, *parts)
 
     def tensors(self) -> list[tf.Tensor]:
-        """Returns the three as tensors."""
+        """Returns labels, rows and weights as tensors."""
         return [tf.constant(part) for part in (self.given, self.rows, self.weights)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Compiled:
+    """The function for inputs and targets of some shapes, and the weights that it gives."""
+
+    function: Any
+    matrices: Sequence[ChosenMatrix]
+
+    def numbers_per_example(self) -> tuple[int, int]:
+        """Returns how many numbers the factors, and the inputs of the loss, of an example are."""
+        _, loss_inputs, *factors = self.function.structured_outputs
+        numbers = sum(math.prod(factor.shape[1:]) for factor in factors)
+        return numbers, math.prod(loss_inputs.shape[1:])
 
 
 class FactorFunction:
@@ -95,11 +118,7 @@ class FactorFunction:
         self._loss = loss
         self._what = what
         self._xla = xla
-        self._compiled: dict[Any, Callable[..., _Tensors]] = {}
-        # The weights whose factors are taken, and how many numbers those of one example are;
-        # known when the function has been compiled.
-        self.matrices: list[ChosenMatrix] = []
-        self.numbers_per_example: int | None = None
+        self._compiled: dict[Any, _Compiled] = {}
         self._choice = layers
         try:
             self._candidates = candidate_layers(model, layers)
@@ -118,112 +137,128 @@ class FactorFunction:
             batch_size: Examples per call of the model; fewer, where memory does not suffice.
 
         Raises:
-            InputError: The model's layers or its end are not supported; found when it is compiled.
+            InputError: The model's layers or its end are not supported, found when it is compiled;
+                or it cannot compute an example, such as one with an index beyond an embedding.
         """
-        function = self._function(inputs, targets)
-        n, start, size = len(targets.weights), 0, batch_size.of(function)
+        compiled = self._function(inputs, targets)
+        n, start, size = len(targets.weights), 0, batch_size.of(compiled.function)
         parts = []
         while start < n:
             rows = slice(start, start + size)
             arguments = tf.nest.map_structure(tf.constant, input_rows(inputs, rows))
+            arguments = [arguments, *targets.rows_at(rows).tensors(), list(values)]
             try:
-                parts.append(function(arguments, *targets.rows_at(rows).tensors(), list(values)))
+                found, loss_inputs, *factors = (t.numpy() for t in compiled.function(*arguments))
             except tf.errors.ResourceExhaustedError as error:
                 size = batch_size.halve(size, error)
+            except tf.errors.InvalidArgumentError as error:
+                raise InputError(f"{self._what}: {_reason(error)}") from error
             else:
+                # Not the inputs of the loss themselves: for images they would take more memory
+                # than anything else.
+                parts.append((found, readable_predictions(targets.kind, loss_inputs), *factors))
                 start += size
-        losses, loss_inputs, *factors = (
-            np.concatenate([tensor.numpy() for tensor in tensors])
-            for tensors in zip(*parts, strict=True)
-        )
-        self._check_rows(n, factors)
+        losses, predictions, *factors = map(np.concatenate, zip(*parts, strict=True))
+        self._check_rows(n, compiled.matrices, factors)
         layers = tuple(
             LayerFactors(name, activations, signals, chosen.has_bias, chosen.groups)
             for name, chosen, activations, signals in zip(
-                self.layer_names(), self.matrices, factors[::2], factors[1::2], strict=True
+                _names(compiled.matrices),
+                compiled.matrices,
+                factors[::2],
+                factors[1::2],
+                strict=True,
             )
         )
-        return ExampleFactors(losses, layers, loss_inputs)
+        return ExampleFactors(losses, predictions, compiled.matrices, layers)
 
-    def layer_names(self) -> list[str]:
-        """Returns the names of the weights' layers; their paths, where names are not unique."""
-        names = [layer.name for layer in dict.fromkeys(c.layer for c in self.matrices)]
-        found = []
-        for chosen in self.matrices:
-            name, part = chosen.layer.name, chosen.matrix.part
-            name = name if names.count(name) == 1 else chosen.layer.path
-            found.append(f"{name}/{part}" if part else name)
-        return found
-
-    def check(self) -> None:
+    def check(self) -> tuple[int, int] | None:
         """Compiles the function without examples, as far as the model says what it takes.
+
+        A loss without a formula may take labels of any shape; another stands in for it.
+
+        Returns:
+            How many numbers the gradient factors of an example are, and how many the loss takes;
+            None where the model does not say what it takes.
 
         Raises:
             InputError: The model's layers or its end are not supported.
         """
-        formula, inputs = self._loss.formula, self.ends.declared_inputs()
-        if formula is None or inputs is None:
-            return
-        output = self.ends.declared_output()
-        if None in output.shape[1:]:
-            return
-        rows = tf.TensorSpec(output.shape, tf.float64)
-        given = tf.TensorSpec(output.shape[:-1], tf.int64) if formula.targets == "index" else rows
-        self._compile([inputs, given, rows, tf.TensorSpec([None], tf.float64)], self._run)
+        inputs = self.ends.declared_inputs()
+        if inputs is None or None in self.ends.declared_output().shape[1:]:
+            return None
+        loss = _STAND_IN if self._loss.formula is None else self._loss
+        shape = self.ends.declared_output().shape
+        given = rows = tf.TensorSpec(shape, tf.float64)
+        if loss.formula is not None and loss.formula.targets == "index":
+            given = tf.TensorSpec(shape[:-1], tf.int64)
+        signature = [inputs, given, rows, tf.TensorSpec([None], tf.float64)]
+        with _COMPILING:
+            return self._compile(signature, partial(self._run, loss)).numbers_per_example()
+
+    def output_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Returns the shape of the output that counts, see `ModelEnds.output_shape`."""
+        with _COMPILING:
+            return self.ends.output_shape(inputs)
 
     def forward(self, values: Values, inputs: Any) -> Any:
         """Returns the output that counts, in inference mode, for tensors of inputs."""
         variables = list(zip(self.model.variables, values, strict=True))
-        with keras.StatelessScope(state_mapping=variables):
+        with _COMPILING, keras.StatelessScope(state_mapping=variables):
             return self.ends.selected(self.model(inputs, training=False))
 
-    def _function(self, inputs: Inputs, targets: Targets) -> Callable[..., _Tensors]:
+    def _function(self, inputs: Inputs, targets: Targets) -> _Compiled:
         """Returns the compiled function for such inputs and targets, any number of them."""
         with _COMPILING:
             key = (kinds(inputs), kinds(targets.given), kinds(targets.rows))
             if key not in self._compiled:
                 dtypes = self.ends.dtypes(inputs)
 
-                def run(inputs: Any, *arguments: Any) -> _Tensors:
-                    return self._run(self.ends.cast(inputs, dtypes), *arguments)
+                def run(inputs: Any, *arguments: Any) -> _Traced:
+                    return self._run(self._loss, self.ends.cast(inputs, dtypes), *arguments)
 
                 arrays = [inputs, targets.given, targets.rows, targets.weights]
                 signature = tf.nest.map_structure(_any_number_of, arrays)
                 self._compiled[key] = self._compile(signature, run)
             return self._compiled[key]
 
-    def _compile(self, signature: list[Any], run: Callable[..., _Tensors]) -> Any:
-        signature = [*signature, self._value_specs()]
-        # Without autograph, which would wrap our errors in its own.
-        function = tf.function(run, signature, autograph=False, jit_compile=self._xla)
-        return function.get_concrete_function()
+    def _compile(self, signature: list[Any], run: Callable[..., _Traced]) -> _Compiled:
+        traced: list[ChosenMatrix] = []
 
-    def _value_specs(self) -> list[tf.TensorSpec]:
-        return [tf.TensorSpec(v.shape, v.value.dtype) for v in self.model.variables]
+        def tensors(*arguments: Any) -> tuple[tf.Tensor, ...]:
+            traced[:], found = run(*arguments)
+            return found
+
+        values = [tf.TensorSpec(v.shape, v.value.dtype) for v in self.model.variables]
+        # Without autograph, which would wrap our errors in its own.
+        function = tf.function(
+            tensors, [*signature, values], autograph=False, jit_compile=self._xla
+        ).get_concrete_function()
+        return _Compiled(function, traced)
 
     def _run(
         self,
+        loss: TrainingLoss,
         inputs: Any,
         given: tf.Tensor,
         rows: tf.Tensor,
         weights: tf.Tensor,
         values: Values,
-    ) -> _Tensors:
+    ) -> _Traced:
         variables = list(zip(self.model.variables, values, strict=True))
         with keras.StatelessScope(state_mapping=variables):
             tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
             with tape, tapped(self._candidates, tape) as taps:
                 outputs = self.ends.selected(self.model(inputs, training=False))
             try:
-                end = loss_end(self._loss, taps, outputs, given, rows, weights, tape)
+                end = loss_end(loss, taps, outputs, given, rows, weights, tape)
                 taps, signals = self._chosen(taps, end)
-                self.matrices, factors = layer_factors(taps, signals)
+                matrices, factors = layer_factors(taps, signals, self.ends.takes_any_length)
             except InputError as error:
                 raise InputError(f"{self._what}: {error}") from error
         if not factors:
             raise InputError(f"{self._what}: no weight of the chosen layers is trained")
-        self.numbers_per_example = sum(math.prod(factor.shape[1:]) for factor in factors)
-        return end.losses, end.loss_inputs, *factors
+        return matrices, (end.losses, end.loss_inputs, *factors)
 
     def _chosen(self, taps: list[Tap], end: LossEnd) -> tuple[list[Tap], list[tf.Tensor | None]]:
         """Returns the calls of the chosen layers, and their error signals."""
@@ -250,8 +285,10 @@ class FactorFunction:
             "to it"
         )
 
-    def _check_rows(self, n: int, factors: Sequence[np.ndarray]) -> None:
-        for chosen, activations in zip(self.matrices, factors[::2], strict=True):
+    def _check_rows(
+        self, n: int, matrices: Sequence[ChosenMatrix], factors: Sequence[np.ndarray]
+    ) -> None:
+        for chosen, activations in zip(matrices, factors[::2], strict=True):
             if len(activations) != n:
                 raise InputError(
                     f"{self._what}: layer {chosen.layer.name!r} is called with "
@@ -268,6 +305,24 @@ def _check_reachable(taps: Sequence[Tap]) -> None:
                 f"layer {tap.layer.name!r} is called within a loop, such as that of a recurrent "
                 "network: expected layers outside; name those to take with --layers"
             )
+
+
+def _names(matrices: Sequence[ChosenMatrix]) -> list[str]:
+    """Returns the names of the weights' layers; their paths, where names are not unique."""
+    names = [layer.name for layer in dict.fromkeys(chosen.layer for chosen in matrices)]
+    found = []
+    for chosen in matrices:
+        name, part = chosen.layer.name, chosen.matrix.part
+        name = name if names.count(name) == 1 else chosen.layer.path
+        found.append(f"{name}/{part}" if part else name)
+    return found
+
+
+def _reason(error: tf.errors.InvalidArgumentError) -> str:
+    """Returns what TensorFlow says after the lines of code that led to it."""
+    lines = [line.strip() for line in str(error.message).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("[[", "File", "Detected at"))]
+    return f"it cannot compute some of the examples: {lines[-1] if lines else error:.200}"
 
 
 def _any_number_of(array: np.ndarray) -> tf.TensorSpec:

@@ -28,6 +28,7 @@ def check_gradients(
     inputs: Inputs,
     targets: Targets,
     factors: GradientFactors,
+    matrices: Sequence[ChosenMatrix],
 ) -> None:
     """Compares the factors with the gradients that TensorFlow computes through the whole model.
 
@@ -38,6 +39,7 @@ def check_gradients(
         inputs: Of a few examples.
         targets: Of the same.
         factors: Gradient factors of these examples at the checkpoint.
+        matrices: The weights they belong to.
 
     Raises:
         InputError: A layer's differ by more than the tolerance, relative to the largest entry.
@@ -46,10 +48,8 @@ def check_gradients(
     tolerance = TOLERANCE if dtypes <= {"float32", "float64"} else MIXED_PRECISION_TOLERANCE
     # One backward pass for all examples: weights that differ keep errors from cancelling out.
     mix = 1 + np.arange(len(targets.weights), dtype=np.float32)
-    differentiated = _differentiate(function, loss, values, inputs, targets, mix)
-    for chosen, layer, expected in zip(
-        function.matrices, factors.layers, differentiated, strict=True
-    ):
+    differentiated = _differentiate(function, loss, values, inputs, targets, matrices, mix)
+    for chosen, layer, expected in zip(matrices, factors.layers, differentiated, strict=True):
         width = layer.activations.shape[-1]
         if layer.is_one_hot:
             width = chosen.matrix.variable.shape[0]
@@ -99,6 +99,7 @@ def _differentiate(
     values: Values,
     inputs: Inputs,
     targets: Targets,
+    matrices: Sequence[ChosenMatrix],
     mix: np.ndarray,
 ) -> list[np.ndarray]:
     """Returns the weighted sum of the examples' gradients for each weight, in one row."""
@@ -109,7 +110,7 @@ def _differentiate(
             for variable in (chosen.matrix.variable, chosen.matrix.bias)
             if variable is not None
         ]
-        for chosen in function.matrices
+        for chosen in matrices
     ]
     tensors = tf.nest.map_structure(tf.constant, inputs)
     examples = function.ends.cast(tensors, function.ends.dtypes(inputs))
@@ -121,7 +122,7 @@ def _differentiate(
         total = tf.reduce_sum(tf.cast(mix, losses.dtype) * losses)
     return [
         _one_row(chosen, gradients)
-        for chosen, gradients in zip(function.matrices, tape.gradient(total, sought), strict=True)
+        for chosen, gradients in zip(matrices, tape.gradient(total, sought), strict=True)
     ]
 
 

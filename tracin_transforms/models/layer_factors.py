@@ -38,13 +38,15 @@ class ChosenMatrix:
 
 
 def layer_factors(
-    taps: Sequence[Tap], signals: Sequence[tf.Tensor | None]
+    taps: Sequence[Tap], signals: Sequence[tf.Tensor | None], any_length: bool
 ) -> tuple[list[ChosenMatrix], list[tf.Tensor]]:
     """Returns the weights that the loss depends on, and their factors.
 
     Args:
         taps: Calls of layers; those of one layer are positions of it.
         signals: The error signals of each call, or None.
+        any_length: Whether other examples may have other numbers of positions. Then nothing is
+            materialised: the form of the factors must not depend on that number.
 
     Returns:
         The weights in the order of their layers' first calls; activations and error signals of
@@ -65,7 +67,7 @@ def layer_factors(
         layer = found[0][0].layer
         for matrix in weight_matrices(layer):
             h, e = _joined(matrix, found)
-            materialised = _is_smaller_materialised(matrix, h, e)
+            materialised = not any_length and _is_smaller_materialised(matrix, h, e)
             chosen.append(ChosenMatrix(layer, matrix, materialised))
             factors += _materialise(matrix, h, e) if materialised else _one_position(h, e)
     return chosen, factors

@@ -25,37 +25,8 @@ def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Layer
             commas, frozen or not.
 
     Raises:
-        InputError: There is none, or a name stands for no layer with factors, or for several; a
-            layer is quantised.
+        InputError: There is none, or a name stands for no layer with factors, or for several.
     """
-    found = _candidates(model, layers)
-    for layer in found:
-        if getattr(layer, "quantization_mode", None) is not None:
-            raise InputError(
-                f"layer {layer.name!r} is quantised to {layer.quantization_mode}: expected weights "
-                "as they were trained"
-            )
-    return found
-
-
-def check_recordable(model: keras.Model, what: str) -> str:
-    """Returns the first choice of layers, of ``last`` and ``all``, that a model has.
-
-    Raises:
-        InputError: It has no layer with factors; the message begins with `what`.
-    """
-    try:
-        candidate_layers(model, LAST)
-    except InputError:
-        try:
-            candidate_layers(model, ALL)
-        except InputError as error:
-            raise InputError(f"{what}: {error}") from error
-        return ALL
-    return LAST
-
-
-def _candidates(model: keras.Model, layers: str) -> list[keras.layers.Layer]:
     every = [layer for layer in all_layers(model) if is_supported(layer)]
     if layers not in (LAST, ALL_DENSE, ALL):
         # Once each, also if named twice.
@@ -69,6 +40,38 @@ def _candidates(model: keras.Model, layers: str) -> list[keras.layers.Layer]:
     if not trained:
         raise InputError(f"all {what} layers are frozen: name those to take nevertheless")
     return trained
+
+
+def check_not_quantised(model: keras.Model) -> None:
+    """Raises InputError if any layer is quantised: its weights are not those that were trained."""
+    for layer in all_layers(model):
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise InputError(
+                f"layer {layer.name!r} is quantised to {layer.quantization_mode}: expected a "
+                "model with weights as they were trained"
+            )
+
+
+def check_recordable(model: keras.Model, what: str) -> str:
+    """Returns the first choice of layers, of ``last`` and ``all``, that a model has.
+
+    Raises:
+        InputError: It has no layer with factors, or one is quantised; the message begins with
+            `what`.
+    """
+    try:
+        check_not_quantised(model)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    try:
+        candidate_layers(model, LAST)
+    except InputError:
+        try:
+            candidate_layers(model, ALL)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
+        return ALL
+    return LAST
 
 
 def _by_name(model: keras.Model, every: list[keras.layers.Layer], name: str) -> keras.layers.Layer:

@@ -55,10 +55,15 @@ class ModelEnds:
             return {name: _cast(tensor, dtypes[name]) for name, tensor in examples.items()}
         return _cast(examples, dtypes[None])
 
+    @property
+    def takes_any_length(self) -> bool:
+        """Whether the model declares that sizes of its inputs may differ from batch to batch."""
+        return any(None in tensor.shape[1:] for tensor in self._declared.values())
+
     def declared_inputs(self) -> Any:
         """Returns specs of the declared inputs, or None where a shape is not declared in full."""
         tensors = self._declared.values()
-        if not tensors or any(None in tensor.shape[1:] for tensor in tensors):
+        if not tensors or self.takes_any_length:
             return None
         specs = {
             name: tf.TensorSpec(tensor.shape, tensor.dtype)

@@ -42,7 +42,8 @@ def widen_head(model: keras.Model) -> None:
     time, which takes half of the error away at a tenth of the cost.
 
     Layers of another precision than float32 keep it: their rounding is part of the model. So do
-    layers that a user's own code calls, which may not expect another dtype than its own.
+    layers that a user's own code calls, or that other operations than layers follow: these may not
+    expect another dtype than their own.
     """
     for layer in _graph_layers(model):
         if not _is_head(layer):
@@ -104,7 +105,7 @@ def _call_in_parts(layer: keras.layers.Dense) -> Any:
         kernel = tf.convert_to_tensor(layer.kernel)
         width = kernel.shape[0]
         sums = [
-            tf.cast(tf.matmul(inputs[:, start:end], kernel[start:end]), tf.float64)
+            tf.cast(tf.matmul(inputs[..., start:end], kernel[start:end]), tf.float64)
             for start, end in _parts(width)
         ]
         outputs = tf.add_n(sums)
@@ -131,28 +132,27 @@ def _input_specs(model: keras.Model) -> Any:
 
 
 def _graph_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Returns the layers that Keras itself calls, in nested models too."""
+    """Returns the layers that Keras itself calls, and whose outputs it gives to other layers."""
     if not getattr(model, "inputs", None):
         return []
     found = []
     for layer in model.layers:
-        found += _graph_layers(layer) if isinstance(layer, keras.Model) else [layer]
+        # Layers cast what they are given; other operations compute in its dtype.
+        if all(isinstance(node.operation, keras.layers.Layer) for node in layer._outbound_nodes):
+            found += _graph_layers(layer) if isinstance(layer, keras.Model) else [layer]
     return found
 
 
 def _is_head(layer: keras.layers.Layer) -> bool:
     # Not what a user derived from them, whose code may do something else.
     kinds = (keras.layers.Dense, keras.layers.Activation, keras.layers.Softmax)
-    is_kind = type(layer) in kinds and layer.compute_dtype == "float32"
-    return is_kind and getattr(layer, "quantization_mode", None) is None and _rank(layer) == 2
+    if type(layer) not in kinds or layer.compute_dtype != "float32":
+        return False
+    activation = getattr(layer, "activation", None)
+    is_own = getattr(activation, "__module__", "keras.").startswith("keras.")
+    return is_own and _ranks(layer) == {2}
 
 
-def _rank(layer: keras.layers.Layer) -> int | None:
-    """Returns the number of axes of what the layer gives, or None where Keras does not say."""
-    if config := layer.get_build_config():
-        return len(config["input_shape"])
-    try:
-        # Layers without weights are not built; those of a functional model have one output.
-        return len(layer.output.shape)
-    except (AttributeError, ValueError):
-        return None
+def _ranks(layer: keras.layers.Layer) -> set[int]:
+    """Returns the numbers of axes of what the layer gives, in all places where Keras calls it."""
+    return {len(node.outputs[0].shape) for node in layer._inbound_nodes}

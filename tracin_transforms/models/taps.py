@@ -67,7 +67,8 @@ def _tapped_call(
     def tapped_call(inputs: Any, *arguments: Any, **keywords: Any) -> Any:
         with contextlib.ExitStack() as replacements:
             if activation is not None:
-                replacements.enter_context(_replaced(layer, "activation", None))
+                linear = keras.activations.linear
+                replacements.enter_context(_replaced(layer, "activation", linear))
             pre_activations = call(inputs, *arguments, **keywords)
         tape.watch(pre_activations)
         taps.append(Tap(layer, inputs, pre_activations))

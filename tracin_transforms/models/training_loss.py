@@ -51,6 +51,12 @@ class TrainingLoss:
         known = inspect.signature(formula.formula).parameters
         return formula if self.options.keys() <= known.keys() else None
 
+    @property
+    def takes_sigmoid(self) -> bool:
+        """Whether it takes what a sigmoid gives, or the logits of one."""
+        known = LOSSES.get(self.name) or QUERY_LOSSES.get(self.name)
+        return known is not None and known.end == "sigmoid"
+
     def by_position(self, outputs: Any, targets: Any, rows: Any) -> tf.Tensor:
         """Returns the losses by Keras's own function, for automatic differentiation.
 
@@ -76,16 +82,32 @@ class TrainingLoss:
         targets = tf.cast(targets, outputs.dtype)
         if len(targets.shape) == len(outputs.shape) - 1 and outputs.shape[-1] == 1:
             targets = targets[..., None]
-        more = {} if self.from_logits is None else {"from_logits": self.from_logits}
-        found = _keras_loss(self.name)
-        is_class = inspect.isclass(found)
-        if is_class:
-            losses = found.from_config(dict(self.options)).call(targets, outputs)
-        else:
-            losses = found(targets, outputs, **more, **self.options)
+        losses = self._called(targets, outputs)
         if not losses.shape.rank:
             raise InputError(f"loss {self.name!r} gives one number for a batch, not one an example")
         return losses
+
+    def _called(self, targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns what the Keras function, or the user's, gives."""
+        function, more = _keras_loss(self.name), dict(self.options)
+        is_class = inspect.isclass(function)
+        if is_class:
+            function, more = function.from_config(more).call, {}
+        elif self.from_logits is not None:
+            more["from_logits"] = self.from_logits
+        refusals = (TypeError, ValueError, tf.errors.InvalidArgumentError)
+        try:
+            return function(targets, outputs, **more)
+        except refusals:
+            # A user's own may have float32 written into it, in which Keras calls it.
+            targets, outputs = tf.cast(targets, tf.float32), tf.cast(outputs, tf.float32)
+        try:
+            return function(targets, outputs, **more)
+        except refusals as error:
+            raise InputError(
+                f"loss {self.name!r} does not take labels of shape {targets.shape} and outputs of "
+                f"shape {outputs.shape}: {' '.join(str(error).split()):.200}"
+            ) from error
 
     def _logits(self, probabilities: tf.Tensor) -> tf.Tensor:
         logits = getattr(probabilities, "_keras_logits", None)
@@ -162,8 +184,15 @@ def loss_of_model(model: keras.Model, output: str | None = None) -> TrainingLoss
 
 
 def _loss_of_output(model: keras.Model, output: str | None) -> Any:
-    losses = model.loss
-    names = output_names(model)
+    losses, names = model.loss, output_names(model)
+    outputs = getattr(model, "output", None) if names else None
+    if isinstance(outputs, dict):
+        names = list(outputs)
+        if isinstance(losses, list | tuple):
+            raise InputError(
+                f"the model has outputs by name and a list of losses: expected losses by name, "
+                f"as in {dict(zip(names, losses, strict=False))!r}"
+            )
     if isinstance(losses, list | tuple) and len(losses) == len(names):
         losses = dict(zip(names, losses, strict=True))
     if output is None:

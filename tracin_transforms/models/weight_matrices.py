@@ -168,18 +168,20 @@ def _embedding_matrices(layer: keras.layers.Embedding) -> list[WeightMatrix]:
     def columns(gradient: np.ndarray) -> np.ndarray:
         return gradient.T[None]
 
+    def factors(x: tf.Tensor, signal: tf.Tensor) -> Factors:
+        return _by_position(_indices(x, layer)[..., None]), _by_position(signal)
+
     if not layer.lora_enabled:
-        return [WeightMatrix("", layer._embeddings, None, _by_index, columns, is_one_hot=True)]
+        return [WeightMatrix("", layer._embeddings, None, factors, columns, is_one_hot=True)]
     a, b = layer.lora_embeddings_a, layer.lora_embeddings_b
     scale = layer.lora_alpha / layer.lora_rank
 
     def a_factors(x: tf.Tensor, signal: tf.Tensor) -> Factors:
-        return _by_index(x, scale * tf.matmul(signal, _float32(b), transpose_b=True))
+        return factors(x, scale * tf.matmul(signal, _float32(b), transpose_b=True))
 
     def b_factors(x: tf.Tensor, signal: tf.Tensor) -> Factors:
-        return _by_position(scale * tf.gather(_float32(a), tf.cast(x, tf.int32))), _by_position(
-            signal
-        )
+        rows = tf.gather(_float32(a), _indices(x, layer))
+        return _by_position(scale * rows), _by_position(signal)
 
     return [
         WeightMatrix("lora_a", a, None, a_factors, columns, is_one_hot=True),
@@ -192,8 +194,10 @@ def _is_embedding(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, keras.layers.Embedding) and not hasattr(layer, "tie_weights")
 
 
-def _by_index(x: tf.Tensor, signal: tf.Tensor) -> Factors:
-    return _by_position(tf.cast(x, tf.int32)[..., None]), _by_position(signal)
+def _indices(x: tf.Tensor, layer: keras.layers.Embedding) -> tf.Tensor:
+    """Returns what an embedding looks up; Keras counts negative indices from the end."""
+    indices = tf.cast(x, tf.int32)
+    return tf.where(indices < 0, indices + layer.input_dim, indices)
 
 
 def _by_position(tensor: tf.Tensor) -> tf.Tensor:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
 from tests.integration.conftest import tracin
 from tests.models.conftest import batch_of
@@ -31,7 +32,8 @@ def _train(directory, model, inputs, targets, **options):
     for name, rows in parts.items():
         np.savez(directory / f"{name}.npz", x=inputs[rows], y=targets[rows], id=ids[rows])
     recorder = CheckpointRecorder(directory / "run")
-    x, y = inputs[parts["train"]], targets[parts["train"]]
+    # As a tensor: Keras takes no NumPy strings.
+    x, y = tf.constant(inputs[parts["train"]]), targets[parts["train"]]
     model.fit(x, y, epochs=3, verbose=0, callbacks=[recorder], **options)
 
 

@@ -76,8 +76,14 @@ class Targets:
 
 
 @dataclass(frozen=True, eq=False)
-class _Compiled:
-    """The function for inputs and targets of some shapes, and the weights that it gives."""
+class Compiled:
+    """The function for inputs and targets of some shapes.
+
+    Attributes:
+        function: From tensors of inputs, labels, rows, weights and the variables' values to losses,
+            what the loss takes, and activations and error signals of each weight.
+        matrices: The weights.
+    """
 
     function: Any
     matrices: Sequence[ChosenMatrix]
@@ -118,7 +124,7 @@ class FactorFunction:
         self._loss = loss
         self._what = what
         self._xla = xla
-        self._compiled: dict[Any, _Compiled] = {}
+        self._compiled: dict[Any, Compiled] = {}
         self._choice = layers
         try:
             self._candidates = candidate_layers(model, layers)
@@ -140,7 +146,7 @@ class FactorFunction:
             InputError: The model's layers or its end are not supported, found when it is compiled;
                 or it cannot compute an example, such as one with an index beyond an embedding.
         """
-        compiled = self._function(inputs, targets)
+        compiled = self.compiled(inputs, targets)
         n, start, size = len(targets.weights), 0, batch_size.of(compiled.function)
         parts = []
         while start < n:
@@ -171,6 +177,21 @@ class FactorFunction:
             )
         )
         return ExampleFactors(losses, predictions, compiled.matrices, layers)
+
+    def compiled(self, inputs: Inputs, targets: Targets) -> Compiled:
+        """Returns the compiled function for such inputs and targets, any number of them."""
+        with _COMPILING:
+            key = (kinds(inputs), kinds(targets.given), kinds(targets.rows))
+            if key not in self._compiled:
+                dtypes = self.ends.dtypes(inputs)
+
+                def run(inputs: Any, *arguments: Any) -> _Traced:
+                    return self._run(self._loss, self.ends.cast(inputs, dtypes), *arguments)
+
+                arrays = [inputs, targets.given, targets.rows, targets.weights]
+                signature = tf.nest.map_structure(_any_number_of, arrays)
+                self._compiled[key] = self._compile(signature, run)
+            return self._compiled[key]
 
     def check(self) -> tuple[int, int] | None:
         """Compiles the function without examples, as far as the model says what it takes.
@@ -207,22 +228,7 @@ class FactorFunction:
         with _COMPILING, keras.StatelessScope(state_mapping=variables):
             return self.ends.selected(self.model(inputs, training=False))
 
-    def _function(self, inputs: Inputs, targets: Targets) -> _Compiled:
-        """Returns the compiled function for such inputs and targets, any number of them."""
-        with _COMPILING:
-            key = (kinds(inputs), kinds(targets.given), kinds(targets.rows))
-            if key not in self._compiled:
-                dtypes = self.ends.dtypes(inputs)
-
-                def run(inputs: Any, *arguments: Any) -> _Traced:
-                    return self._run(self._loss, self.ends.cast(inputs, dtypes), *arguments)
-
-                arrays = [inputs, targets.given, targets.rows, targets.weights]
-                signature = tf.nest.map_structure(_any_number_of, arrays)
-                self._compiled[key] = self._compile(signature, run)
-            return self._compiled[key]
-
-    def _compile(self, signature: list[Any], run: Callable[..., _Traced]) -> _Compiled:
+    def _compile(self, signature: list[Any], run: Callable[..., _Traced]) -> Compiled:
         traced: list[ChosenMatrix] = []
 
         def tensors(*arguments: Any) -> tuple[tf.Tensor, ...]:
@@ -234,7 +240,7 @@ class FactorFunction:
         function = tf.function(
             tensors, [*signature, values], autograph=False, jit_compile=self._xla
         ).get_concrete_function()
-        return _Compiled(function, traced)
+        return Compiled(function, traced)
 
     def _run(
         self,

@@ -60,7 +60,7 @@ def check_gradients(
                 f"checkpoint {factors.checkpoint_id!r}: the factored gradients of layer "
                 f"{layer.name!r} with loss {loss.name!r} differ from automatic differentiation "
                 f"by {difference:.3g}, where the largest entry is {largest:.3g}: "
-                f"{_likely_cause(chosen, found, expected)}"
+                f"{_likely_cause(chosen, found, expected, loss.formula is None)}"
             )
 
 
@@ -72,7 +72,9 @@ def _rounding(layer: LayerFactors, mix: np.ndarray) -> float:
     return float(1e-6 * max(1.0, mix @ largest))
 
 
-def _likely_cause(chosen: ChosenMatrix, found: np.ndarray, expected: np.ndarray) -> str:
+def _likely_cause(
+    chosen: ChosenMatrix, found: np.ndarray, expected: np.ndarray, is_own_loss: bool
+) -> str:
     layer = chosen.layer
     module = type(layer).__module__
     if not module.startswith("keras."):
@@ -87,10 +89,13 @@ def _likely_cause(chosen: ChosenMatrix, found: np.ndarray, expected: np.ndarray)
             f"they are {factor:.4g} times as large. Check that 'loss' and 'from_logits' in "
             "checkpoints.json are those the model was trained with"
         )
-    return (
-        "either its weights are used elsewhere in the model as well, or 'loss' and 'from_logits' "
-        "in checkpoints.json are not those the model was trained with"
+    causes = (
+        "its weights are used elsewhere in the model as well, or 'loss' and 'from_logits' in "
+        "checkpoints.json are not those the model was trained with"
     )
+    if is_own_loss:
+        return f"{causes}, or an example's loss depends on others in its batch"
+    return causes
 
 
 def _differentiate(

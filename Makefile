@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## Find flipped labels among real digits; writes demo-output
 	$(VENV)/bin/tracin demo
 
 test: $(INSTALLED)  ## Run the whole test suite
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)  ## Check lint, format and types
 	$(VENV)/bin/ruff check .

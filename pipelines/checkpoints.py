@@ -26,7 +26,6 @@ from tracin_transforms.storage.manifest import write_manifest
 
 # The sample comes from so many shards at most, evenly spaced.
 _SAMPLED_SHARDS = 16
-_RECORDED = "Losses are means over an epoch, as recorded while training."
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
@@ -84,7 +83,9 @@ def _summaries(
 ) -> tuple[list[CheckpointSummary], str]:
     """Returns what is known of each checkpoint, and a sentence on where it comes from."""
     if source is None:
-        return summarise(series, weights), _RECORDED
+        by_epoch = all(checkpoint.epoch is not None for checkpoint in series.checkpoints)
+        over = "an epoch" if by_epoch else "the steps since the checkpoint before"
+        return summarise(series, weights), f"Losses are means over {over}, as recorded."
     extractor = keras_extractor(series, options).load()
     losses, norms = [], []
     for batch in _sample(source, options.sample, extractor.block_rows(options.sample)):
@@ -158,6 +159,8 @@ def _text(
             f"Plots: {output / 'checkpoints.html'}\n"
             f"Next: use a choice with --checkpoint-weights {output}/{next(iter(proposals))}.json"
         )
+    if len(summaries) <= options.choose:
+        choices = ["  all, as there are no more"]
     return "\n".join(
         [
             f"{len(summaries)} checkpoints, loss {series.loss}. {origin}",

@@ -77,13 +77,14 @@ def open_series(options: argparse.Namespace) -> CheckpointSeries:
         "--model-output": options.model_output,
     }
     if is_run(options.checkpoints):
+        series = read_checkpoint_series(options.checkpoints)
         given = [flag for flag, value in described.items() if value is not None]
         if given:
             raise InputError(
                 f"{given[0]} is for checkpoint files without checkpoints.json, but "
                 f"{options.checkpoints!r} has one: change it there"
             )
-        return read_checkpoint_series(options.checkpoints)
+        return series
     if options.loss is None:
         raise InputError(
             f"--checkpoints {options.checkpoints!r} are files that do not say how they were "
@@ -135,8 +136,14 @@ def query_series(series: CheckpointSeries, query_loss: str | None) -> Checkpoint
     from_logits = loss.from_logits
     known = LOSSES.get(loss.name) or QUERY_LOSSES.get(loss.name)
     if from_logits is None and known is not None and known.end:
-        # The model's end is the same.
+        # The model's end is that of the training loss.
         from_logits = series.from_logits
+        if from_logits is None:
+            raise InputError(
+                f"--query-loss {query_loss!r}: whether the model ends in logits does not follow "
+                f"from the training loss {series.loss!r}: expected '{loss.name}?from_logits=true' "
+                "or =false"
+            )
     return replace(
         series,
         loss=loss.name,

@@ -6,6 +6,9 @@ import pytest
 import tensorflow as tf
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.protocols import ExampleBatch
+from tracin_transforms.models.extractor import KerasFactorExtractor
+from tracin_transforms.models.layers import candidate_layers
 from tracin_transforms.models.loading import ModelLoading, load_checkpoints
 from tracin_transforms.models.recorder import CheckpointRecorder
 from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
@@ -243,10 +246,12 @@ def test_steps(tmp_path, kwargs, steps, together):
         np.testing.assert_array_equal(found, weights[checkpoint.step])
 
 
-def test_the_loss_at_steps_is_the_mean_since_the_last(tmp_path):
+@pytest.mark.parametrize("validation_data", [None, (X, (Y + 1) % 4)])
+def test_the_loss_at_steps_is_the_mean_since_the_last(tmp_path, validation_data):
     """Of a model that does not learn, so that each example's loss is known."""
     model = _model(learning_rate=0.0)
-    _fit(model, CheckpointRecorder(tmp_path, every_steps=3), epochs=2, shuffle=False)
+    recorder = CheckpointRecorder(tmp_path, every_steps=3)
+    _fit(model, recorder, epochs=2, shuffle=False, validation_data=validation_data)
     losses = keras.losses.sparse_categorical_crossentropy(Y, model(X), from_logits=True).numpy()
     batches = np.split(losses, [16, 32, 48]) * 2
     expected = [np.concatenate(batches[:3]).mean(), np.concatenate(batches[3:6]).mean()]
@@ -277,6 +282,9 @@ def test_only_so_many_are_kept(tmp_path, rule):
     assert [c.validation_loss for c in series.checkpoints] == pytest.approx(expected)
     if rule == "validation-loss":
         assert sorted(expected) == pytest.approx(sorted(validation)[:3])
+    if rule == "loss-drop":
+        drops = -np.diff(history.history["loss"])
+        assert epochs == sorted(np.argsort(-drops)[:3] + 2)
     if rule == "evenly":
         assert epochs[-1] == 12
         assert epochs[0] >= 3
@@ -284,6 +292,39 @@ def test_only_so_many_are_kept(tmp_path, rule):
         "checkpoints.json",
         *(f"epoch-{epoch:03d}.keras" for epoch in epochs),
     ]
+
+
+@keras.saving.register_keras_serializable("tests")
+class BuiltWhenCalled(keras.Model):
+    def __init__(self, outputs=4, **kwargs):
+        super().__init__(**kwargs)
+        self.logits = keras.layers.Dense(outputs)
+
+    def call(self, inputs):
+        return self.logits(inputs)
+
+    def get_config(self):
+        return {"outputs": self.logits.units}
+
+
+def test_a_subclassed_model_is_built_by_its_first_step(tmp_path):
+    def fit(directory, model):
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        recorder = CheckpointRecorder(directory)
+        model.fit(X, Y, batch_size=50, shuffle=False, verbose=0, callbacks=[recorder])
+
+    fit(tmp_path / "run", BuiltWhenCalled())
+    batch = ExampleBatch("shard-0", 0, np.arange(50).astype(str), X, Y)
+    series = read_checkpoint_series(tmp_path / "run")
+    block = KerasFactorExtractor(series, "all-dense").load().extract(batch)
+    assert len(block.layer_names) == 1
+    model = BuiltWhenCalled()
+    model(X)
+    model.unused = keras.layers.Dense(2)
+    assert candidate_layers(model, "all-dense") == [model.logits]
+    recurrent = keras.Sequential([keras.layers.Reshape((3, 1)), keras.layers.LSTM(4)])
+    with pytest.raises(InputError, match="no Dense, convolutional or Embedding layer"):
+        fit(tmp_path / "other", recurrent)
 
 
 def test_validation_loss_is_asked_for_when_it_is_missing(tmp_path):

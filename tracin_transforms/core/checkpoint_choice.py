@@ -85,8 +85,9 @@ def propose(summaries: Sequence[CheckpointSummary], number: int, rule: str) -> l
     if rule == EVENLY:
         return [summaries[i].checkpoint for i in _evenly(summaries, number)]
     if rule == LOSS_DROP:
-        # The first has none before it; it comes last.
-        merits = [-np.inf, *(_known(s, "loss", s.loss_drop) for s in summaries[1:])]
+        # The first of a run has none before it; it comes last.
+        first = -np.inf if summaries[0].loss_drop is None else summaries[0].loss_drop
+        merits = [first, *(_known(s, "loss", s.loss_drop) for s in summaries[1:])]
     elif rule == VALIDATION_LOSS:
         merits = [-_known(s, "validation loss", s.checkpoint.validation_loss) for s in summaries]
     else:

@@ -54,10 +54,11 @@ def target_rows(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.nd
     if kind == "index":
         return _one_hot(targets, shape)
     if targets.shape != shape:
-        hint = "; integer labels need sparse_categorical_crossentropy"
+        hint = ""
+        if targets.ndim < len(shape):
+            hint = "; integer labels need sparse_categorical_crossentropy, or to become one-hot"
         raise InputError(
-            f"labels have shape {targets.shape}, expected {shape}, as the model's outputs"
-            f"{hint if kind == 'distribution' and targets.ndim < len(shape) else ''}"
+            f"labels have shape {targets.shape}, expected {shape}, as the model's outputs{hint}"
         )
     rows = targets.astype(np.float64)
     _check_values(kind, rows)

@@ -205,6 +205,8 @@ class LoadedKerasExtractor:
             raise InputError(
                 f"example {example!r} of shard {batch.shard!r}: {error.problem}"
             ) from error
+        except InputError as error:
+            raise InputError(f"shard {batch.shard!r}, loss {self._loss.name!r}: {error}") from error
         weights = weights_of_classes(kind, rows, self._description.series.class_weights)
         if batch.sample_weights is not None:
             _check_weights(batch)

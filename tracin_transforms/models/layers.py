@@ -27,7 +27,8 @@ def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Layer
     Raises:
         InputError: There is none, or a name stands for no layer with factors, or for several.
     """
-    every = [layer for layer in all_layers(model) if is_supported(layer)]
+    # A layer that is not built was never called.
+    every = [layer for layer in all_layers(model) if layer.built and is_supported(layer)]
     if layers not in (LAST, ALL_DENSE, ALL):
         # Once each, also if named twice.
         names = [name.strip() for name in layers.split(",")]
@@ -35,7 +36,9 @@ def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Layer
     what = "Dense or EinsumDense" if layers != ALL else "Dense, convolutional or Embedding"
     found = every if layers == ALL else [x for x in every if isinstance(x, DENSE_KINDS)]
     if not found:
-        raise InputError(f"the model has no {what} layer: expected at least one")
+        others = ", ".join(layer.name for layer in every)
+        hint = f", or one of its layers {others} with --layers" if others else ""
+        raise InputError(f"the model has no {what} layer: expected at least one{hint}")
     trained = [layer for layer in found if layer.trainable]
     if not trained:
         raise InputError(f"all {what} layers are frozen: name those to take nevertheless")
@@ -85,7 +88,10 @@ def _by_name(model: keras.Model, every: list[keras.layers.Layer], name: str) -> 
             "Conv1D, Conv2D, DepthwiseConv1D, DepthwiseConv2D or Embedding layer"
         )
     known = ", ".join(sorted(layer.path for layer in every))
-    raise InputError(f"{len(found)} layers are called {name!r}: expected one of {known}")
+    raise InputError(
+        f"{len(found)} layers are called {name!r}: expected one of {known}; or {LAST}, {ALL_DENSE} "
+        f"or {ALL}"
+    )
 
 
 def computes_in_float32(model: keras.Model) -> bool:

@@ -12,6 +12,7 @@ class LossMeter:
         # What was read in this epoch so far, and what is not reported yet: sum and count.
         self._seen = (0.0, 0.0)
         self._open = (0.0, 0.0)
+        self._has_ended = False
 
     def examples(self, model: keras.Model) -> int:
         """Returns how many examples the epoch's loss was averaged over so far."""
@@ -24,10 +25,15 @@ class LossMeter:
         self._open = (0.0, 0.0)
         return total / count if count else None
 
+    def begin_epoch(self) -> None:
+        """Keras starts anew."""
+        self._seen, self._has_ended = (0.0, 0.0), False
+
     def end_epoch(self, model: keras.Model) -> None:
-        """Keeps what the epoch's end has not reported, before Keras starts anew."""
-        self._take(model)
-        self._seen = (0.0, 0.0)
+        """Keeps what is not reported yet; what Keras counts afterwards is validation."""
+        if not self._has_ended:
+            self._take(model)
+            self._has_ended = True
 
     def _take(self, model: keras.Model) -> None:
         now = _total_and_count(model)

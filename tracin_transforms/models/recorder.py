@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
-from tracin_transforms.core.checkpoint_choice import EVENLY, VALIDATION_LOSS, propose, summarise
+from tracin_transforms.core.checkpoint_choice import (
+    EVENLY,
+    VALIDATION_LOSS,
+    CheckpointSummary,
+    propose,
+)
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.recording import Recording
@@ -47,8 +51,9 @@ class CheckpointRecorder(keras.callbacks.Callback):
         steps: Record after these steps instead, counted from 1.
         loss_drop: Record only where the loss fell by this share, 0 to 1, since the last checkpoint.
         keep: Keep so many checkpoints at most, to bound the space they take; None keeps all.
-        keep_by: Which ones: ``evenly`` spaced, those of lowest ``validation-loss``, or those of
-            largest ``loss-drop``; see `tracin checkpoints`.
+        keep_by: Which ones: ``evenly`` spaced; those of lowest ``validation-loss``, after epochs
+            of a fit with validation_data; or those of largest ``loss-drop`` since the one recorded
+            before, of which the first has none.
         output: Name of the output whose loss counts, where the model has several.
         class_weights: What is given to ``fit`` as class_weight, which a callback cannot see.
 
@@ -79,8 +84,11 @@ class CheckpointRecorder(keras.callbacks.Callback):
         self._directory = local_path(directory)
         self._output = output
         self._class_weights = dict(class_weights or {})
-        self._checkpoints: list[Checkpoint] = []
+        # Those that are kept, and the loss at the last that was recorded, kept or not.
+        self._kept: list[CheckpointSummary] = []
+        self._last_loss: float | None = None
         self._recorded: tuple[keras.Model, TrainingLoss] | None = None
+        self._is_checked = False
         self._batch_size: int | None = None
         self._meter = LossMeter()
         # The learning rate, and after how many of the optimizer's steps it was noted.
@@ -105,9 +113,8 @@ class CheckpointRecorder(keras.callbacks.Callback):
                 "this CheckpointRecorder has recorded another model, or the same with another "
                 "loss: use one recorder, with a directory of its own, for each training run"
             )
-        what = f"model {self.model.name!r}"
-        layers = check_recordable(self.model, what)
-        FactorFunction(self.model, loss, what, layers, self._output).check()
+        if self.model.built:
+            self._check_model(loss)
         self._check_that_something_is_due()
         self._recorded = (self.model, loss)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -122,6 +129,7 @@ class CheckpointRecorder(keras.callbacks.Callback):
         if self._epochs_before is None:
             self._epochs_before = max(0, self._finished_epochs - epoch)
         self._steps_before_epoch = int(self.model.optimizer.iterations) + self._steps_before
+        self._meter.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the learning rate, before the step, where a checkpoint follows or may follow.
@@ -137,6 +145,9 @@ class CheckpointRecorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the batch size, and writes the checkpoint if one is due after this step."""
+        if not self._is_checked and self._recorded is not None:
+            # Keras has built the model only now.
+            self._check_model(self._recorded[1])
         if self._batch_size is None:
             self._batch_size = self._meter.examples(self.model) // (batch + 1) or None
         if self._plan.by_step:
@@ -144,6 +155,10 @@ class CheckpointRecorder(keras.callbacks.Callback):
             self._finished_steps = now
             if self._plan.is_due(before, now):
                 self._record(f"step-{now:06d}", self._meter.mean_since_last(self.model), None)
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Reads the training loss, before validation makes Keras start anew."""
+        self._meter.end_epoch(self.model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the checkpoint, if one is due, and then ``checkpoints.json``."""
@@ -161,9 +176,15 @@ class CheckpointRecorder(keras.callbacks.Callback):
                 f"epoch-{self._finished_epochs:03d}", values.get("loss"), values.get("val_loss")
             )
 
+    def _check_model(self, loss: TrainingLoss) -> None:
+        what = f"model {self.model.name!r}"
+        layers = check_recordable(self.model, what)
+        FactorFunction(self.model, loss, what, layers, self._output).check()
+        self._is_checked = True
+
     def _check_that_something_is_due(self) -> None:
         epochs, steps = int(self.params["epochs"]), self.params.get("steps")
-        if self._checkpoints or (self._plan.by_step and steps is None):
+        if self._kept or (self._plan.by_step and steps is None):
             return
         unit, last = ("steps", epochs * (steps or 0)) if self._plan.by_step else ("epochs", epochs)
         if self._plan.first_due() > last:
@@ -178,7 +199,7 @@ class CheckpointRecorder(keras.callbacks.Callback):
 
     def _record(self, name: str, loss: float | None, validation_loss: float | None) -> None:
         """Writes a checkpoint, unless the loss is too high, and drops one that is too many."""
-        last = self._checkpoints[-1].loss if self._checkpoints else None
+        last, loss = self._last_loss, None if loss is None else float(loss)
         if not self._plan.has_dropped(last, loss):
             return
         if self._plan.keep_by == VALIDATION_LOSS and validation_loss is None:
@@ -187,17 +208,18 @@ class CheckpointRecorder(keras.callbacks.Callback):
                 f"{self._finished_epochs} has no validation loss: expected "
                 "fit(..., validation_data=...), at every epoch that is recorded"
             )
-        self._checkpoints.append(
-            Checkpoint(
-                id=name,
-                path=write_checkpoint(self.model, self._directory, name),
-                learning_rate=self._noted[0],
-                step=self._finished_steps,
-                epoch=None if self._plan.by_step else self._finished_epochs,
-                loss=None if loss is None else float(loss),
-                validation_loss=None if validation_loss is None else float(validation_loss),
-            )
+        checkpoint = Checkpoint(
+            id=name,
+            path=write_checkpoint(self.model, self._directory, name),
+            learning_rate=self._noted[0],
+            step=self._finished_steps,
+            epoch=None if self._plan.by_step else self._finished_epochs,
+            loss=loss,
+            validation_loss=None if validation_loss is None else float(validation_loss),
         )
+        drop = None if last is None or loss is None else last - loss
+        self._kept.append(CheckpointSummary(checkpoint, loss, drop))
+        self._last_loss = loss
         dropped = self._drop_too_many()
         write_checkpoint_series(self._directory, self._series())
         # Only when no checkpoints.json names them any more.
@@ -206,19 +228,18 @@ class CheckpointRecorder(keras.callbacks.Callback):
 
     def _drop_too_many(self) -> list[Checkpoint]:
         keep = self._plan.keep
-        if keep is None or len(self._checkpoints) <= keep:
+        if keep is None or len(self._kept) <= keep:
             return []
-        summaries = summarise(self._series(), np.ones(len(self._checkpoints)))
-        kept = propose(summaries, keep, self._plan.keep_by)
-        dropped = [checkpoint for checkpoint in self._checkpoints if checkpoint not in kept]
-        self._checkpoints = kept
+        chosen = propose(self._kept, keep, self._plan.keep_by)
+        dropped = [s.checkpoint for s in self._kept if s.checkpoint not in chosen]
+        self._kept = [s for s in self._kept if s.checkpoint in chosen]
         return dropped
 
     def _series(self) -> CheckpointSeries:
         loss = loss_of_model(self.model, self._output)
         options = loss.options | ({"reduction": "sum"} if loss.sums_positions else {})
         return CheckpointSeries(
-            checkpoints=tuple(self._checkpoints),
+            checkpoints=tuple(summary.checkpoint for summary in self._kept),
             loss=loss.name,
             from_logits=loss.from_logits,
             batch_size=self._batch_size,

@@ -244,10 +244,11 @@ def _keras_loss(name: str) -> Any:
         try:
             found = keras.losses.get(name)
         except ValueError as error:
+            registered = ", ".join(sorted(keras.saving.get_custom_objects()))
             raise InputError(
                 f"loss {name!r} is unknown: expected the name of a Keras loss, such as "
-                f"{', '.join(sorted(LOSSES)[:3])}, or one that a module given with --import "
-                "registers"
+                f"{', '.join(sorted(LOSSES)[:3])}; for queries also {', '.join(QUERY_LOSSES)}; or "
+                f"one that a module given with --import registers ({registered or 'none does'})"
             ) from error
     return getattr(found, "fn", found)
 

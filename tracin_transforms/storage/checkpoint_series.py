@@ -41,7 +41,7 @@ def read_checkpoint_series(directory: str | Path) -> CheckpointSeries:
         raise InputError(
             f"{str(directory)!r} has no {FILE_NAME}: expected the directory of a training run; "
             "write one by training with the callback CheckpointRecorder(directory), or name "
-            "checkpoint files and their --loss"
+            f"checkpoint files, as in '{directory}/ckpt-*', and their --loss"
         )
     try:
         series = series_from_json(json.loads(file.read_text(encoding="utf-8")))

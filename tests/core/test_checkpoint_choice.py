@@ -5,7 +5,7 @@ from tracin_transforms.core.checkpoint_choice import propose, summarise
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 
-LOSSES = [2.0, 1.9, 0.9, 0.5, 0.55, 0.4]
+LOSSES = [2.0, 1.9, 0.9, 0.5, 0.55, 0.35]
 VALIDATION = [2.0, 1.5, 0.8, 0.7, 0.9, 1.2]
 
 
@@ -42,6 +42,12 @@ def _chosen(number, rule, series=None):
 )
 def test_proposals(number, rule, expected):
     assert _chosen(number, rule) == expected
+
+
+def test_what_recovers_from_a_bad_step_has_learned_nothing_new():
+    series = _series(losses=[2.0, 1.9, 0.9, 0.5, 1.5, 0.45])
+    assert [s.loss_drop for s in summarise(series, np.ones(6))][4:] == pytest.approx([-1.0, 0.05])
+    assert _chosen(2, "loss-drop", series) == ["c2", "c3"]
 
 
 def test_evenly_goes_by_steps():

@@ -23,7 +23,8 @@ class CheckpointSummary:
     Attributes:
         checkpoint: The checkpoint.
         loss: Mean training loss, of a sample where there is one, else as recorded; or None.
-        loss_drop: How much lower it is than at the checkpoint before; None for the first.
+        loss_drop: How much lower it is than at any checkpoint before, below 0 if it is not: a
+            network that recovers from a bad step has learned nothing new. None for the first.
         gradient_norm: Mean of ‖∇ℓ‖ over the sample, or None.
         influence_share: Part of the sample's self-influence that comes from this checkpoint, 0 to
             1, or None.
@@ -60,7 +61,7 @@ def summarise(
         norms = np.sqrt(squared_norms).mean(axis=0).tolist()
         parts = weights * squared_norms.sum(axis=0)
         shares = (parts / parts.sum()).tolist() if parts.any() else [0.0] * len(means)
-    drops = [None, *(_drop(a, b) for a, b in zip(means, means[1:], strict=False))]
+    drops = [drop_below(means[:k], means[k]) for k in range(len(means))]
     return [
         CheckpointSummary(*columns)
         for columns in zip(series.checkpoints, means, drops, norms, shares, strict=True)
@@ -73,7 +74,7 @@ def propose(summaries: Sequence[CheckpointSummary], number: int, rule: str) -> l
     Args:
         summaries: What is known of each, in order.
         number: How many to choose.
-        rule: ``loss-drop``: those with the largest drop of the loss since the one before;
+        rule: ``loss-drop``: those with the largest drop of the loss below all before;
             ``validation-loss``: those with the lowest; ``evenly``: evenly spaced by step, from
             step 0 to the last checkpoint.
 
@@ -116,5 +117,9 @@ def _known(summary: CheckpointSummary, what: str, value: float | None) -> float:
     return value
 
 
-def _drop(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else before - after
+def drop_below(before: Sequence[float | None], loss: float | None) -> float | None:
+    """Returns how far a loss lies below those before it, or None if one of them is not known."""
+    known = [value for value in before if value is not None]
+    if loss is None or not known or len(known) < len(before):
+        return None
+    return min(known) - loss

@@ -11,6 +11,7 @@ from tracin_transforms.core.checkpoint_choice import (
     EVENLY,
     VALIDATION_LOSS,
     CheckpointSummary,
+    drop_below,
     propose,
 )
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
@@ -52,7 +53,7 @@ class CheckpointRecorder(keras.callbacks.Callback):
         loss_drop: Record only where the loss fell by this share, 0 to 1, since the last checkpoint.
         keep: Keep so many checkpoints at most, to bound the space they take; None keeps all.
         keep_by: Which ones: ``evenly`` spaced; those of lowest ``validation-loss``, after epochs
-            of a fit with validation_data; or those of largest ``loss-drop`` since the one recorded
+            of a fit with validation_data; or those of largest ``loss-drop`` below all recorded
             before, of which the first has none.
         output: Name of the output whose loss counts, where the model has several.
         class_weights: What is given to ``fit`` as class_weight, which a callback cannot see.
@@ -84,9 +85,9 @@ class CheckpointRecorder(keras.callbacks.Callback):
         self._directory = local_path(directory)
         self._output = output
         self._class_weights = dict(class_weights or {})
-        # Those that are kept, and the loss at the last that was recorded, kept or not.
+        # Those that are kept, and the losses at all that were recorded.
         self._kept: list[CheckpointSummary] = []
-        self._last_loss: float | None = None
+        self._losses: list[float | None] = []
         self._recorded: tuple[keras.Model, TrainingLoss] | None = None
         self._is_checked = False
         self._batch_size: int | None = None
@@ -199,8 +200,8 @@ class CheckpointRecorder(keras.callbacks.Callback):
 
     def _record(self, name: str, loss: float | None, validation_loss: float | None) -> None:
         """Writes a checkpoint, unless the loss is too high, and drops one that is too many."""
-        last, loss = self._last_loss, None if loss is None else float(loss)
-        if not self._plan.has_dropped(last, loss):
+        loss = None if loss is None else float(loss)
+        if not self._plan.has_dropped(self._losses[-1] if self._losses else None, loss):
             return
         if self._plan.keep_by == VALIDATION_LOSS and validation_loss is None:
             raise InputError(
@@ -217,9 +218,8 @@ class CheckpointRecorder(keras.callbacks.Callback):
             loss=loss,
             validation_loss=None if validation_loss is None else float(validation_loss),
         )
-        drop = None if last is None or loss is None else last - loss
-        self._kept.append(CheckpointSummary(checkpoint, loss, drop))
-        self._last_loss = loss
+        self._kept.append(CheckpointSummary(checkpoint, loss, drop_below(self._losses, loss)))
+        self._losses.append(loss)
         dropped = self._drop_too_many()
         write_checkpoint_series(self._directory, self._series())
         # Only when no checkpoints.json names them any more.

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from measure import bare_forward, parser, report_options, run_forward, spec, tracin
+from measure import bare_forward, load_models, parser, report_options, run_forward, spec, tracin
 
 CHECKPOINTS = 3
 PAIRS = 20
@@ -26,7 +26,7 @@ def main() -> None:
     options = parser(__doc__, "model", "photographs", "work").parse_args()
     if options.forward_only:
         with np.load(options.work / "train.npz") as data:
-            run_forward(lambda: _models(options.work), data["images"], BATCH_SIZE)
+            run_forward(lambda: load_models(options.work / "run"), data["images"], BATCH_SIZE)
         return
     prepare(options.model, options.photographs, options.work)
     arguments = [str(options.model), str(options.photographs), str(options.work)]
@@ -118,13 +118,6 @@ def _in_float64(layer: object) -> object:
     config = layer.get_config()
     config["dtype"] = "float64"
     return type(layer).from_config(config)
-
-
-def _models(work: Path) -> list[object]:
-    import keras
-
-    paths = sorted((work / "run").glob("*.keras"))
-    return [keras.saving.load_model(path, compile=False) for path in paths]
 
 
 def _centre(path: Path) -> np.ndarray:

@@ -131,8 +131,17 @@ def parser(description: str | None, *positional: str) -> argparse.ArgumentParser
     return found
 
 
-def write_mnist(mnist: Path, work: Path, queries: int) -> None:
-    """Writes train.npz and queries.npz from MNIST, with ids."""
+def train_mnist(mnist: Path, work: Path, queries: int, layers: Callable[[], list[Any]]) -> None:
+    """Writes train.npz and queries.npz from MNIST, and the run of a network with these layers.
+
+    Unless that was done before.
+    """
+    import keras
+
+    from tracin_transforms import CheckpointRecorder
+
+    if (work / "run" / "epoch-012.keras").exists():
+        return
     work.mkdir(parents=True, exist_ok=True)
     with np.load(mnist) as data:
         images, labels = data["train_images"], data["train_labels"].astype(np.int64)
@@ -145,6 +154,21 @@ def write_mnist(mnist: Path, work: Path, queries: int) -> None:
         labels=test_labels[:queries],
         ids=np.array([f"test-{i:05d}" for i in range(queries)]),
     )
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((28, 28)), keras.layers.Rescaling(1 / 255), *layers()])
+    model.compile(
+        keras.optimizers.SGD(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    print(f"training a network with {model.count_params():,} parameters", flush=True)
+    recorder = CheckpointRecorder(work / "run", every=2)
+    model.fit(images, labels, batch_size=128, epochs=12, verbose=0, callbacks=[recorder])
+
+
+def load_models(run: Path) -> list[Any]:
+    """Returns the models of a run's checkpoints, in order."""
+    import keras
+
+    return [keras.saving.load_model(path, compile=False) for path in sorted(run.glob("*.keras"))]
 
 
 def softmax_errors(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from measure import (
     bare_forward,
+    load_models,
     parser,
     report_options,
     report_rankings,
@@ -22,7 +23,7 @@ from measure import (
     softmax_errors,
     spec,
     tracin,
-    write_mnist,
+    train_mnist,
 )
 
 QUERIES = 200
@@ -43,46 +44,27 @@ def main() -> None:
     options = parser(__doc__, "mnist", "work").parse_args()
     if options.forward_only:
         with np.load(options.work / "train.npz") as data:
-            run_forward(lambda: _models(options.work), data["images"], BATCH_SIZE)
+            run_forward(lambda: load_models(options.work / "run"), data["images"], BATCH_SIZE)
         return
-    prepare(options.mnist, options.work)
+    train_mnist(options.mnist, options.work, QUERIES, network)
     report_speed(options.mnist, options.work)
     report_exactness(options.work)
 
 
-def prepare(mnist: Path, work: Path) -> None:
-    """Writes the examples and trains the network, unless that was done before."""
-    import keras
+def network() -> list[object]:
+    """Returns the layers of a CNN."""
+    from keras import layers
 
-    from tracin_transforms import CheckpointRecorder
-
-    if (work / "run" / "epoch-012.keras").exists():
-        return
-    write_mnist(mnist, work, QUERIES)
-    with np.load(work / "train.npz") as data:
-        images, labels = data["images"], data["labels"]
-    keras.utils.set_random_seed(0)
-    layers = keras.layers
-    model = keras.Sequential(
-        [
-            keras.Input((28, 28)),
-            layers.Rescaling(1 / 255),
-            layers.Reshape((28, 28, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Flatten(),
-            layers.Dense(128, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
-    model.compile(
-        keras.optimizers.SGD(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
-    print(f"training a CNN with {model.count_params():,} parameters", flush=True)
-    recorder = CheckpointRecorder(work / "run", every=2)
-    model.fit(images, labels, batch_size=128, epochs=12, verbose=0, callbacks=[recorder])
+    return [
+        layers.Reshape((28, 28, 1)),
+        layers.Conv2D(16, 3, padding="same", activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Conv2D(32, 3, padding="same", activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(128, activation="relu"),
+        layers.Dense(10),
+    ]
 
 
 def report_speed(mnist: Path, work: Path) -> None:
@@ -140,13 +122,6 @@ def report_exactness(work: Path) -> None:
     report_rankings(work / "influence", ids, query_ids, influence, K)
     common = ["--checkpoints", str(work / "run")]
     report_options(work, common, work / "queries.npz", among_queries, OPTIONS)
-
-
-def _models(work: Path) -> list[object]:
-    import keras
-
-    paths = sorted((work / "run").glob("*.keras"))
-    return [keras.saving.load_model(path, compile=False) for path in paths]
 
 
 def _reference_factors(

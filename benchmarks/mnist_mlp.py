@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 from measure import (
     bare_forward,
+    load_models,
     parser,
     report_rankings,
     run_forward,
     softmax_errors,
     spec,
     tracin,
-    write_mnist,
+    train_mnist,
 )
 
 QUERIES = 200
@@ -34,9 +35,9 @@ def main() -> None:
     options = parser(__doc__, "mnist", "work").parse_args()
     if options.forward_only:
         with np.load(options.work / "train.npz") as data:
-            run_forward(lambda: _models(options.work), data["images"], 512)
+            run_forward(lambda: load_models(options.work / "run"), data["images"], 512)
         return
-    prepare(options.mnist, options.work)
+    train_mnist(options.mnist, options.work, QUERIES, network)
     before = bare_forward(__file__, str(options.mnist), str(options.work))
     common = ["--checkpoints", str(options.work / "run"), "--layers", "all-dense"]
     common += ["--examples", spec(options.work / "train.npz")]
@@ -52,34 +53,12 @@ def main() -> None:
     report_exactness(options.work)
 
 
-def prepare(mnist: Path, work: Path) -> None:
-    """Writes the examples and trains the network, unless that was done before."""
-    import keras
+def network() -> list[object]:
+    """Returns the layers of an MLP."""
+    from keras import layers
 
-    from tracin_transforms import CheckpointRecorder
-
-    if (work / "run" / "epoch-012.keras").exists():
-        return
-    write_mnist(mnist, work, QUERIES)
-    with np.load(work / "train.npz") as data:
-        images, labels = data["images"], data["labels"]
-    keras.utils.set_random_seed(0)
-    layers = keras.layers
-    model = keras.Sequential(
-        [
-            keras.Input((28, 28)),
-            layers.Rescaling(1 / 255),
-            layers.Flatten(),
-            *[layers.Dense(width, activation="relu") for width in WIDTHS],
-            layers.Dense(10),
-        ]
-    )
-    model.compile(
-        keras.optimizers.SGD(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
-    print(f"training an MLP with {model.count_params():,} parameters", flush=True)
-    recorder = CheckpointRecorder(work / "run", every=2)
-    model.fit(images, labels, batch_size=128, epochs=12, verbose=0, callbacks=[recorder])
+    hidden = [layers.Dense(width, activation="relu") for width in WIDTHS]
+    return [layers.Flatten(), *hidden, layers.Dense(10)]
 
 
 def report_exactness(work: Path) -> None:
@@ -107,13 +86,6 @@ def report_exactness(work: Path) -> None:
     relative = np.abs(np.array([found[name] for name in ids]) / own - 1)
     print(f"self-influence: largest relative error {relative.max():.2e} (goal 2e-5)", flush=True)
     report_rankings(work / "influence", ids, query_ids, influence, K)
-
-
-def _models(work: Path) -> list[object]:
-    import keras
-
-    paths = sorted((work / "run").glob("*.keras"))
-    return [keras.saving.load_model(path, compile=False) for path in paths]
 
 
 def _reference_factors(

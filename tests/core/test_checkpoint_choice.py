@@ -58,7 +58,7 @@ def test_evenly_goes_by_steps():
 def test_what_is_not_known_is_said():
     with pytest.raises(InputError, match="checkpoint 'c0' .*has no validation loss"):
         _chosen(2, "validation-loss", _series(validation=[None] * 6))
-    with pytest.raises(InputError, match="checkpoint 'c3' or the one before it has no loss"):
+    with pytest.raises(InputError, match="checkpoint 'c3' or one before it has no loss"):
         _chosen(2, "loss-drop", _series(losses=[2.0, 1.0, 0.5, None, 0.2, 0.1]))
     with pytest.raises(InputError, match="rule 'luck': expected one of loss-drop"):
         _chosen(2, "luck")

@@ -111,7 +111,7 @@ def _evenly(summaries: Sequence[CheckpointSummary], number: int) -> list[int]:
 def _known(summary: CheckpointSummary, what: str, value: float | None) -> float:
     if value is None:
         raise InputError(
-            f"checkpoint {summary.checkpoint.id!r} or the one before it has no {what}: record it, "
+            f"checkpoint {summary.checkpoint.id!r} or one before it has no {what}: record it, "
             "or choose by another rule"
         )
     return value

@@ -9,7 +9,7 @@ from keras import ops
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.models.taps import Tap
-from tracin_transforms.models.training_loss import TrainingLoss
+from tracin_transforms.models.training_loss import TrainingLoss, log_odds
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +149,7 @@ def _taken_by_loss(loss: TrainingLoss, sources: list[tf.Tensor], outputs: Any) -
 
 def _like_logits(loss: TrainingLoss, outputs: tf.Tensor) -> tf.Tensor:
     outputs = tf.cast(outputs, tf.float64)
-    if loss.takes_sigmoid and not loss.from_logits:
-        return tf.math.log(outputs) - tf.math.log1p(-outputs)
-    return outputs
+    return log_odds(outputs) if loss.takes_sigmoid and not loss.from_logits else outputs
 
 
 def _misfit(loss: TrainingLoss, found: str, taken: str) -> str:

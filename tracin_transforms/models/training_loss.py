@@ -118,9 +118,7 @@ class TrainingLoss:
                 "the model hides the logits behind its probabilities, which do not tell them: "
                 "expected margin instead of logit"
             )
-        logs = tf.math.log(probabilities)
-        is_softmax = QUERY_LOSSES[self.name].end == "softmax"
-        return logs if is_softmax else logs - tf.math.log1p(-probabilities)
+        return log_odds(probabilities) if self.takes_sigmoid else tf.math.log(probabilities)
 
     def check(self) -> None:
         """Raises InputError if there is no such loss, or the loss has no such option."""
@@ -129,6 +127,11 @@ class TrainingLoss:
         unknown = sorted(self.options.keys() - parameters.keys())
         if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"loss {self.name!r} has no option {unknown[0]!r}")
+
+
+def log_odds(probabilities: tf.Tensor) -> tf.Tensor:
+    """Returns the logits ``log(p / (1 − p))`` of what a sigmoid gave, of the same shape."""
+    return tf.math.log(probabilities) - tf.math.log1p(-probabilities)
 
 
 def loss_of_series(series: CheckpointSeries) -> TrainingLoss:

@@ -65,3 +65,11 @@ def test_modules_are_commands_too():
     )
     assert done.returncode == 2
     assert "tracin influence: error" in done.stderr
+
+
+def test_every_precision_of_the_library_can_be_asked_for():
+    from tracin_transforms.models.precision import PRECISIONS
+
+    for precision in PRECISIONS:
+        options, _ = parse("self-influence", [*JOB, "--precision", precision])
+        assert options.precision == precision

@@ -117,7 +117,7 @@ def squared_gradient_norms(block: FactorBlock) -> np.ndarray:
     return norms
 
 
-def rounding_bound(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> np.ndarray:
+def rounding_bound(block: FactorBlock, query_norms: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Returns how far `influence` may lie from the exact value of the float32 factors.
 
     A float32 product of vectors of length m is off by about √m·u times the product of their
@@ -126,7 +126,7 @@ def rounding_bound(block: FactorBlock, queries: FactorBlock, weights: np.ndarray
 
     Args:
         block: Training examples at K checkpoints.
-        queries: q query examples at the same checkpoints.
+        query_norms: What `absolute_gradient_norms` gives for q query examples, shape [q, K].
         weights: η_k, shape [K].
 
     Returns:
@@ -137,26 +137,26 @@ def rounding_bound(block: FactorBlock, queries: FactorBlock, weights: np.ndarray
         Higham & Mary (2019), A New Approach to Probabilistic Rounding Error Analysis.
     """
     numbers = sum(layer.numbers_per_example for layer in block.gradients[0].layers)
-    largest = _absolute_norms(block).max(axis=0, initial=0.0)
-    return 8 * np.sqrt(numbers) * 2.0**-24 * (_absolute_norms(queries) @ (weights * largest))
+    largest = absolute_gradient_norms(block).max(axis=0, initial=0.0)
+    return 8 * np.sqrt(numbers) * 2.0**-24 * (query_norms @ (weights * largest))
 
 
-def magnification(queries: FactorBlock) -> np.ndarray:
+def magnification(query_norms: np.ndarray) -> np.ndarray:
     """Returns by what to multiply each query's gradient so that products do not underflow.
 
     Args:
-        queries: q query examples.
+        query_norms: What `absolute_gradient_norms` gives for q query examples, shape [q, K].
 
     Returns:
         Powers of two, shape [q], float64; 1 but for gradients that are tiny at every checkpoint.
     """
-    norms = _absolute_norms(queries).max(axis=1, initial=0.0)
+    norms = query_norms.max(axis=1, initial=0.0)
     is_tiny = (norms > 0) & (norms < _TINY)
     exponents = np.floor(np.log2(norms, where=is_tiny, out=np.zeros(len(norms))))
     return np.exp2(np.minimum(-exponents, _LARGEST_EXPONENT))
 
 
-def _absolute_norms(block: FactorBlock) -> np.ndarray:
+def absolute_gradient_norms(block: FactorBlock) -> np.ndarray:
     """Returns what bounds the terms of a product of gradients, shape [n, K], float64."""
     squares = np.zeros((len(block), len(block.gradients)))
     for k, _, layer, _ in _layer_pairs(block, block):

@@ -10,6 +10,7 @@ import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.influence import (
+    absolute_gradient_norms,
     influence,
     magnification,
     pair_influence,
@@ -132,10 +133,10 @@ def merge_block(
         weights: η_k, shape [K].
     """
     # Influence on a query that is all but perfectly fitted would be lost below float32's range.
-    scales = magnification(queries)
-    scaled = queries.scaled(scales)
-    scores = influence(block, scaled, weights)
-    margin = rounding_bound(block, scaled, weights)
+    norms = absolute_gradient_norms(queries)
+    scales = magnification(norms)
+    scores = influence(block, queries.scaled(scales), weights)
+    margin = scales * rounding_bound(block, norms, weights)
     ends = []
     for sign, known in ((1, best.proponents), (-1, best.opponents)):
         thresholds = scales * _thresholds(known, best.k, sign, len(queries))

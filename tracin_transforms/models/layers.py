@@ -45,13 +45,16 @@ def candidate_layers(model: keras.Model, layers: str) -> list[keras.layers.Layer
     return trained
 
 
-def check_not_quantised(model: keras.Model) -> None:
-    """Raises InputError if any layer is quantised: its weights are not those that were trained."""
+def check_not_quantised(model: keras.Model, what: str) -> None:
+    """Raises InputError if any layer is quantised: its weights are not those that were trained.
+
+    The message begins with `what`.
+    """
     for layer in all_layers(model):
         if getattr(layer, "quantization_mode", None) is not None:
             raise InputError(
-                f"layer {layer.name!r} is quantised to {layer.quantization_mode}: expected a "
-                "model with weights as they were trained"
+                f"{what}: layer {layer.name!r} is quantised to {layer.quantization_mode}: "
+                "expected a model with weights as they were trained"
             )
 
 
@@ -62,10 +65,7 @@ def check_recordable(model: keras.Model, what: str) -> str:
         InputError: It has no layer with factors, or one is quantised; the message begins with
             `what`.
     """
-    try:
-        check_not_quantised(model)
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from error
+    check_not_quantised(model, what)
     try:
         candidate_layers(model, LAST)
     except InputError:

@@ -115,7 +115,7 @@ def _network(source: str, loading: ModelLoading) -> keras.Model:
             f"--model {source!r} returned {model!r:.60}: expected a Keras model that is built, as "
             "one with an Input is, or after a first call"
         )
-    _check_not_quantised(model, f"--model {source!r}")
+    check_not_quantised(model, f"--model {source!r}")
     return model
 
 
@@ -134,16 +134,9 @@ def _load_keras_file(path: str, what: str, allow_unsafe: bool) -> keras.Model:
         ) from error
     if not isinstance(model, keras.Model):
         raise InputError(f"{what}{path!r} holds a {type(model).__name__}, expected a Keras model")
-    _check_not_quantised(model, f"{what}{path!r}")
+    check_not_quantised(model, f"{what}{path!r}")
     _restore_lora_scales(model, _network_config(path))
     return model
-
-
-def _check_not_quantised(model: keras.Model, what: str) -> None:
-    try:
-        check_not_quantised(model)
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from error
 
 
 def _restore_lora_scales(model: keras.Model, config: Any) -> None:

@@ -4,11 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from pipelines.inputs import describe_run, keras_extractor, open_series, weighted_series
+from pipelines.inputs import describe_run, keras_extractor, open_series, sources, weighted_series
 from pipelines.outputs import open_output, staged_output
 from tracin_transforms.core.checkpoint_choice import (
     RULES,
@@ -19,9 +18,9 @@ from tracin_transforms.core.checkpoint_choice import (
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.influence import squared_gradient_norms
-from tracin_transforms.core.protocols import ExampleBatch, ExampleSource
-from tracin_transforms.examples.spec import parse_spec
+from tracin_transforms.core.protocols import ExampleBatch, ExampleSource, fingerprint
 from tracin_transforms.report.checkpoints_page import checkpoint_table, render_checkpoints_page
+from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.manifest import write_manifest
 
 # The sample comes from so many shards at most, evenly spaced.
@@ -35,12 +34,11 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         InputError: An input or the output directory cannot be used.
     """
     series = open_series(options)
-    source = None if options.examples is None else parse_spec(options.examples)
+    source = None if options.examples is None else sources(options)(options.examples)
     series, weights = _weights(series, options.checkpoint_weights, needed=source is not None)
     more = {"choose": options.choose, "sample": options.sample}
     if source is not None:
-        source.shards()
-        more["examples"] = source.fingerprint()
+        more["examples"] = fingerprint(source, source.shards())
     output = None
     if options.output is not None:
         output = open_output(options, describe_run(options, series, weights, **more))
@@ -105,15 +103,15 @@ def _sample(source: ExampleSource, number: int, batch_size: int) -> Iterator[Exa
     shards = source.shards()
     places = np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int))
     # Small shards first: what they lack, the others give.
-    for i, place in enumerate(sorted(places, key=lambda place: shards[place].count)):
-        wanted = min(shards[place].count, -(-number // (len(places) - i)))
-        number -= wanted
-        for batch in source.read(shards[place], batch_size):
+    for i, place in enumerate(sorted(places, key=lambda place: shards[place].size)):
+        wanted = -(-number // (len(places) - i))
+        for batch in source.read(shards[place], min(batch_size, wanted)):
             taken = batch.rows(slice(0, wanted))
-            if not len(taken):
-                break
             yield taken
             wanted -= len(taken)
+            number -= len(taken)
+            if not wanted:
+                break
 
 
 def _proposals(summaries: Sequence[CheckpointSummary], number: int) -> dict[str, list[Checkpoint]]:
@@ -134,7 +132,7 @@ def _text(
     summaries: Sequence[CheckpointSummary],
     proposals: Mapping[str, Sequence[Checkpoint]],
     origin: str,
-    output: Path | None,
+    output: AnyPath | None,
 ) -> str:
     heads, rows = checkpoint_table(summaries)
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pipelines.options import COMMANDS, INTERRUPTS, parse
-from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.errors import AbandonedError, InputError
 
 USAGE = """\
 usage: tracin COMMAND [options]
@@ -53,14 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Run the same command again to start over.",
             file=sys.stderr,
         )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Threads of Beam and TensorFlow may still compute; nothing of theirs is wanted any more.
-        os._exit(130)
+        _leave(130)
+    except AbandonedError as error:
+        print(f"tracin: error: {error}", file=sys.stderr)
+        _leave(1)
     except (InputError, OSError) as error:
         print(f"tracin: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process while threads of Beam and TensorFlow may still compute."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _on_interrupt(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:

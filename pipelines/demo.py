@@ -26,6 +26,7 @@ from tracin_transforms.report.demo_page import (
 )
 from tracin_transforms.report.images import png_data_uri
 from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
+from tracin_transforms.storage.files import local_path
 from tracin_transforms.storage.manifest import write_manifest
 from tracin_transforms.storage.results import read_result
 
@@ -56,11 +57,12 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     described = {"command": "demo", "seed": SEED}
     if "?" in options.output:
         raise InputError(f"output {options.output!r}: a '?' cannot be part of a SPEC's path")
+    place = local_path(options.output)
     output = open_output(options, described)
     if done := output.already_done():
         return done
     with staged_output(output) as staging:
-        directory = staging.result
+        directory = local_path(str(staging.result))
         print(f"[1/5] Flipping {FLIPPED_SHARE:.0%} of the labels, to the most likely wrong digit")
         digits = load_flipped_digits(SEED)
         print(
@@ -77,11 +79,11 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         ]
         print("[3/5] Ranking the training digits by self-influence: tracin self-influence")
         summary = _run_command(self_influence, "self-influence", common, directory, beam_args)
-        _show(summary, directory, output.path)
+        _show(summary, directory, place)
         print("[4/5] Finding proponents and opponents of test digits: tracin influence")
         queries = f"--queries=npz:{directory / 'queries.npz'}?x=images&y=labels&id=ids"
         summary = _run_command(influence, "influence", [*common, queries], directory, beam_args)
-        _show(summary, directory, output.path)
+        _show(summary, directory, place)
         print(
             "[5/5] Correcting the wrong labels among the first "
             f"{max(INSPECTED):.0%}, and training again"
@@ -89,7 +91,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         results = _collect(digits, directory)
         (directory / "report.html").write_text(render_demo_page(results), encoding="utf-8")
         write_manifest(directory, described, {"examples": len(digits.ids)})
-    return _summary(results, output.path)
+    return _summary(results, place)
 
 
 def _run_command(

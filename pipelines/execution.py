@@ -3,10 +3,11 @@
 import contextlib
 import queue
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TextIO
 
 import apache_beam as beam
@@ -15,29 +16,50 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from tqdm import tqdm
 
 from pipelines.stderr import captured_stderr
-from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.errors import AbandonedError, InputError
+from tracin_transforms.storage.job_notes import JobNotes, Running
+from tracin_transforms.storage.remote import RemotePath
 
 _POLL_SECONDS = 0.2
+_REMOTE_POLL_SECONDS = 2.0
 _LOG_SECONDS = 10.0
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a running job has done, and how its shards fare.
+
+    Attributes:
+        notes: What its processes note.
+        total: Number of examples, those done before included; None where it is not known.
+        done: Examples done before, by an earlier run.
+        shard_seconds: How long a shard may take; None for any time.
+    """
+
+    notes: JobNotes
+    total: int | None
+    done: int = 0
+    shard_seconds: float | None = None
+
+    def examples(self) -> int:
+        """Returns the number of examples done so far."""
+        return self.done + self.notes.examples()
+
+
 def run_pipeline(
-    build: Callable[[beam.Pipeline], object],
-    beam_args: Sequence[str],
-    progress: Path,
-    total: int,
+    build: Callable[[beam.Pipeline], object], beam_args: Sequence[str], progress: Progress
 ) -> float:
     """Builds and runs a pipeline, waits for it, and returns how many seconds it took.
 
     Args:
         build: Adds the steps to the pipeline.
         beam_args: Beam's options; the runner is FnApiRunner unless they name one.
-        progress: Directory where `ExtractFactors` notes finished blocks.
-        total: Number of examples.
+        progress: Of the job.
 
     Raises:
         KeyboardInterrupt: The user ended it; the worker processes are gone.
-        InputError: An example or a checkpoint cannot be used; also where another process found it.
+        InputError: An example or a checkpoint cannot be used, also where another process found
+            it; a worker process died, or a shard took too long.
         Exception: Whatever else the pipeline raised.
     """
     # DirectRunner would first try to download the Prism runner, without a time limit.
@@ -54,8 +76,8 @@ def run_pipeline(
     with captured_stderr() as terminal:
         thread.start()
         try:
-            error = _wait(done, progress, total, terminal)
-        except KeyboardInterrupt:
+            error = _wait(done, progress, terminal)
+        except (KeyboardInterrupt, AbandonedError):
             # Beam's threads would tell of the workers that are ended here.
             threading.excepthook = lambda _: None
             for process in psutil.Process().children(recursive=True):
@@ -94,13 +116,16 @@ def _report_end(run: Callable[[], None], done: "queue.SimpleQueue[BaseException 
 
 
 def _wait(
-    done: "queue.SimpleQueue[BaseException | None]", progress: Path, total: int, terminal: TextIO
+    done: "queue.SimpleQueue[BaseException | None]", progress: Progress, terminal: TextIO
 ) -> BaseException | None:
     """Shows progress until the pipeline ends, and returns what it raised."""
     start = logged = time.monotonic()
     on_terminal = terminal.isatty()
+    is_remote = isinstance(progress.notes.directory, RemotePath)
+    watch = _ShardWatch(progress)
     with tqdm(
-        total=total,
+        total=progress.total,
+        initial=progress.done,
         unit=" examples",
         file=terminal,
         disable=not on_terminal,
@@ -109,25 +134,58 @@ def _wait(
     ) as bar:
         while True:
             try:
-                error = done.get(timeout=_POLL_SECONDS)
+                error = done.get(timeout=_REMOTE_POLL_SECONDS if is_remote else _POLL_SECONDS)
             except queue.Empty:
                 pass
             else:
-                bar.update(_finished(progress) - bar.n)
+                bar.update(progress.examples() - bar.n)
                 return error
-            finished = _finished(progress)
+            watch.check()
+            finished = progress.examples()
             bar.update(finished - bar.n)
             if not on_terminal and time.monotonic() - logged >= _LOG_SECONDS:
                 logged = time.monotonic()
-                print(_log_line(finished, total, logged - start), file=terminal)
+                line = _log_line(finished, progress, logged - start)
+                print(f"{line}{watch.running()}", file=terminal)
 
 
-def _finished(progress: Path) -> int:
-    """Returns the number of examples in finished blocks; a repeated block counts once."""
-    return sum(int(file.name.rpartition("-")[2]) for file in progress.iterdir())
+class _ShardWatch:
+    """Notices shards whose process is dead, and shards that take too long."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._since: dict[Running, float] = {}
+
+    def check(self) -> None:
+        """Raises AbandonedError where a shard will not be finished."""
+        now = time.monotonic()
+        running = self._progress.notes.all_running()
+        self._since = {shard: self._since.get(shard, now) for shard in running}
+        for shard, since in self._since.items():
+            if shard.host == socket.gethostname() and not psutil.pid_exists(shard.pid):
+                raise AbandonedError(
+                    f"shard {shard.shard!r}: its worker process died, perhaps killed because "
+                    "memory ran out: give the job more memory or fewer worker processes, and run "
+                    "the same command again"
+                )
+            limit = self._progress.shard_seconds
+            if limit is not None and now - since > limit:
+                raise AbandonedError(
+                    f"shard {shard.shard!r} took longer than the {limit:g} s that --shard-timeout "
+                    "allows: look at its file, or allow more"
+                )
+
+    def running(self) -> str:
+        """Returns which shards are being worked on, for a line of the log."""
+        names = sorted(shard.shard for shard in self._since)
+        if not names:
+            return ""
+        return f"; at {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"
 
 
-def _log_line(finished: int, total: int, seconds: float) -> str:
-    rate = finished / seconds
-    left = f"{(total - finished) / rate:,.0f} s left" if finished else "no block finished yet"
-    return f"{finished:,} of {total:,} examples, {rate:,.0f}/s, {left}"
+def _log_line(finished: int, progress: Progress, seconds: float) -> str:
+    rate = (finished - progress.done) / seconds
+    if progress.total is None:
+        return f"{finished:,} examples, {rate:,.0f}/s"
+    left = f"{(progress.total - finished) / rate:,.0f} s left" if rate else "no block finished yet"
+    return f"{finished:,} of {progress.total:,} examples, {rate:,.0f}/s, {left}"

@@ -3,29 +3,20 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.execution import run_pipeline
-from pipelines.inputs import (
-    BLOCK_ROWS,
-    check_unchanged,
-    describe_run,
-    keras_extractor,
-    open_inputs,
-    query_factors,
-    query_series,
-)
-from pipelines.outputs import open_output, shown, staged_output
-from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
+from pipelines.execution import Progress, run_pipeline
+from pipelines.outputs import open_output, shown, skipped_line, staged_output
+from pipelines.queries import open_queries
+from pipelines.training import open_training
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
-from tracin_transforms.examples.spec import parse_spec
 from tracin_transforms.storage.factor_file import write_factor_block
+from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.manifest import write_manifest
-from tracin_transforms.storage.results import read_result
+from tracin_transforms.storage.results import read_result, write_skipped
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
@@ -34,54 +25,41 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     Raises:
         InputError: An input or the output directory cannot be used.
     """
-    inputs = open_inputs(options)
-    query_source = parse_spec(options.queries)
-    query_source.shards()
-    asked = query_series(inputs.series, options.query_loss)
-    described = describe_run(
-        options,
-        inputs.series,
-        inputs.weights,
-        examples=inputs.source.fingerprint(),
-        queries=query_source.fingerprint(),
-        query_loss=[asked.loss, asked.from_logits, dict(asked.loss_options)],
-        k=options.k,
-    )
+    training = open_training(options)
+    asked = open_queries(options, training)
+    described = training.described(**asked.described(), k=options.k)
     output = open_output(options, described)
     if done := output.already_done():
         return done
-    extractor = SharedExtractor(keras_extractor(inputs.series, options))
-    exact = keras_extractor(asked, options, float64=True)
-    # Held from before the pipeline starts, see self_influence.
-    with staged_output(output) as staging, extractor.loaded():
-        queries = query_factors(query_source, exact.load())
+    with staged_output(output) as staging, training.ready() as ready:
+        queries = asked.factors()
         factors = staging.work / "queries.npz"
         write_factor_block(factors, queries)
 
         def build(pipeline: beam.Pipeline) -> None:
-            _ = (
-                pipeline
-                | "Shards" >> beam.Create(inputs.shards)
-                | ExtractFactors(inputs.source, extractor, BLOCK_ROWS, staging.progress)
-                | ScoreInfluence(factors, inputs.weights, options.k)
-                | WriteInfluence(factors, staging.result)
-            )
+            blocks = ready.blocks(pipeline, staging.notes)
+            top = blocks | ScoreInfluence(factors, ready.weights, options.k)
+            _ = top | WriteInfluence(factors, staging.result)
 
-        seconds = run_pipeline(build, beam_args, staging.progress, inputs.count)
-        check_unchanged(inputs.source, described["examples"])
+        progress = Progress(staging.notes, ready.count, shard_seconds=options.shard_timeout)
+        seconds = run_pipeline(build, beam_args, progress)
+        count, bad = ready.finished(staging.notes)
         rows = read_result(staging.result, "influence")
         fewer = _count_fewer(rows, options.k, len(queries))
+        write_skipped(staging.result, bad)
         write_manifest(
             staging.result,
             described,
             {
-                "examples": inputs.count,
+                "examples": count,
+                "skipped": len(bad),
                 "queries": len(queries),
                 "fewer_than_k": fewer,
                 "seconds": seconds,
             },
         )
-    return _summary(rows, options.k, len(queries), fewer, inputs.count / seconds, output.path)
+    text = _summary(rows, options.k, len(queries), fewer, count / seconds)
+    return "\n".join([text, *skipped_line(len(bad), output.path), *_ending(output.path)])
 
 
 def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
@@ -95,9 +73,7 @@ def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
     }
 
 
-def _summary(
-    rows: pa.Table, k: int, queries: int, fewer: dict[str, int], rate: float, output: Path
-) -> str:
+def _summary(rows: pa.Table, k: int, queries: int, fewer: dict[str, int], rate: float) -> str:
     lines = [
         f"The {k} strongest proponents and opponents of each of {queries:,} queries "
         f"({rate:,.0f} training examples a second):"
@@ -115,13 +91,14 @@ def _summary(
                 f"{count:,} of {queries:,} queries have fewer than {k} {direction}s: no more "
                 "training examples have an influence of that sign on them."
             )
-    return "\n".join(
-        [
-            *lines,
-            f"All of them: {output}/influence-*.parquet",
-            "Next: compare the labels of a misread query's proponents with what they show.",
-        ]
-    )
+    return "\n".join(lines)
+
+
+def _ending(output: AnyPath) -> list[str]:
+    return [
+        f"All of them: {output}/influence-*.parquet",
+        "Next: compare the labels of a misread query's proponents with what they show.",
+    ]
 
 
 if __name__ == "__main__":

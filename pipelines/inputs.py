@@ -1,8 +1,10 @@
-"""What a job over training examples starts from: checkpoints, their weights, and examples."""
+"""What a job starts from: checkpoints, their weights, models, queries."""
 
 import argparse
+import functools
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,6 @@ from tracin_transforms.core.protocols import (
     ExampleSource,
     FactorExtractor,
     LoadedExtractor,
-    Shard,
 )
 from tracin_transforms.core.specs import parse_loss
 from tracin_transforms.examples.spec import parse_spec
@@ -30,39 +31,6 @@ from tracin_transforms.storage.files import existing_file, sha256
 
 # Rows that are extracted and scored together: large enough for matrix products at full speed.
 BLOCK_ROWS = 2048
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """The validated inputs of a job.
-
-    Attributes:
-        series: The run's checkpoints.
-        weights: Weight of each, shape [K].
-        source: The training examples.
-        shards: Their shards.
-    """
-
-    series: CheckpointSeries
-    weights: np.ndarray
-    source: ExampleSource
-    shards: tuple[Shard, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of training examples."""
-        return sum(shard.count for shard in self.shards)
-
-
-def open_inputs(options: argparse.Namespace) -> Inputs:
-    """Reads and validates checkpoints.json and the training examples.
-
-    Raises:
-        InputError: Something is missing or inconsistent.
-    """
-    series, weights = weighted_series(open_series(options), options.checkpoint_weights)
-    source = parse_spec(options.examples)
-    return Inputs(series, weights, source, source.shards())
 
 
 def open_series(options: argparse.Namespace) -> CheckpointSeries:
@@ -175,6 +143,15 @@ def describe_run(
     ]
     return {
         "command": options.command,
+        **describe_gradients(options, series),
+        "checkpoints": checkpoints,
+        **more,
+    }
+
+
+def describe_gradients(options: argparse.Namespace, series: CheckpointSeries) -> dict[str, Any]:
+    """Returns what determines an example's gradients but for the checkpoints."""
+    return {
         "model": _described_model(options.model or series.model),
         "output": series.output,
         "layers": options.layers,
@@ -183,8 +160,6 @@ def describe_run(
         "from_logits": series.from_logits,
         "loss_options": dict(series.loss_options),
         "class_weights": {str(index): w for index, w in series.class_weights.items()},
-        "checkpoints": checkpoints,
-        **more,
     }
 
 
@@ -227,20 +202,21 @@ def start_tensorflow() -> None:
 
 
 def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBlock:
-    """Returns the gradient factors of all query examples, in their order."""
+    """Returns the gradient factors of all query examples, in their order.
+
+    Raises:
+        InputError: A query cannot be used.
+    """
     rows = extractor.block_rows(BLOCK_ROWS)
-    return concatenate_blocks(
-        [
-            extractor.extract(batch)
-            for shard in source.shards()
-            for batch in source.read(shard, rows)
-        ]
-    )
+    blocks = []
+    for shard in source.shards():
+        for batch in source.read(shard, rows):
+            if batch.bad:
+                raise InputError(f"query {batch.bad[0].error}")
+            blocks.append(extractor.extract(batch))
+    return concatenate_blocks(blocks)
 
 
-def check_unchanged(source: ExampleSource, fingerprint: dict[str, Any]) -> None:
-    """Raises InputError if the examples are not those that the job began with."""
-    if source.fingerprint() != fingerprint:
-        raise InputError(
-            f"examples {fingerprint.get('file', '')!r} changed while the job ran: run it again"
-        )
+def sources(options: argparse.Namespace) -> Callable[[str], ExampleSource]:
+    """Returns what makes a source of a SPEC, as the options say examples are to be read."""
+    return lambda spec: parse_spec(spec)  # TEMP

@@ -17,9 +17,9 @@ Beam's own options may follow, for example --runner=FnApiRunner (the default),
 
 
 _EXAMPLES = (
-    "training examples: npz:PATH?x=ARRAY&y=ARRAY&id=ARRAY&weight=ARRAY (x, y by default, ids made "
-    "from the row and equal weights where no array is named; x.NAME=ARRAY for each of several "
-    "inputs)"
+    "training examples: npz:PATH, tfrecord:GLOB, parquet:GLOB, images:DIR (a folder per class), "
+    "tfds:NAME:SPLIT[@DATA_DIR] or source:MODULE:FUNCTION, with options such as "
+    "?x=image&y=label&id=name (see docs/examples.md); local paths, or gs://BUCKET/PATH"
 )
 
 
@@ -33,6 +33,7 @@ class Command:
         description: For the command's own --help.
         add_options: Adds its options to a parser.
         uses_beam: Whether it runs a pipeline, which Beam's options may be for.
+        check: Returns what is wrong with options that do not fit each other, or None.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Command:
     description: str
     add_options: Callable[[argparse.ArgumentParser], None]
     uses_beam: bool = True
+    check: Callable[[argparse.Namespace], str | None] = lambda _: None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,20 +50,98 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _job_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that every job over training examples has."""
+    """Adds the options of a job over training examples, or over a store of their factors."""
+    _add_inputs(parser, required=False)
     parser.add_argument(
-        "--checkpoints",
-        metavar="RUN",
-        required=True,
-        help="directory of the training run, with checkpoints.json (see CheckpointRecorder); or "
-        "checkpoint files, separated by commas or as a pattern, with --loss and --learning-rates",
+        "--store",
+        metavar="STORE",
+        help="gradient factors that 'tracin extract' stored, instead of --checkpoints and "
+        "--examples; with --checkpoints, where the run has been moved to",
     )
-    parser.add_argument("--examples", metavar="SPEC", required=True, help=_EXAMPLES)
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="directory for the result; made anew"
     )
     _add_overwrite(parser)
+    _add_weights(parser)
     _add_extraction_options(parser)
+    _add_reading_options(parser)
+
+
+def _extract_options(parser: argparse.ArgumentParser) -> None:
+    _add_inputs(parser, required=True)
+    parser.add_argument(
+        "--output",
+        metavar="STORE",
+        required=True,
+        help="directory of the store; one that is there is filled up, with checkpoints and shards "
+        "that it lacks",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="how to store: float16 with a scale for each row, or float32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint-weights",
+        metavar="FILE",
+        help="JSON file with a weight for each checkpoint id to use, such as one of 'tracin "
+        "checkpoints'; the others are left out",
+    )
+    _add_overwrite(parser)
+    _add_extraction_options(parser)
+    _add_reading_options(parser)
+
+
+def _add_inputs(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--checkpoints",
+        metavar="RUN",
+        required=required,
+        help="directory of the training run, with checkpoints.json (see CheckpointRecorder); or "
+        "checkpoint files, separated by commas or as a pattern, with --loss and --learning-rates",
+    )
+    parser.add_argument("--examples", metavar="SPEC", required=required, help=_EXAMPLES)
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how examples are read, and what happens where one cannot be."""
+    _add_record_functions(parser)
+    parser.add_argument(
+        "--max-bad-examples",
+        metavar="N",
+        type=_whole_number,
+        default=0,
+        help="leave out examples that cannot be used, as many as N, and list them in "
+        "skipped-*.parquet (default: the first one ends the job)",
+    )
+    parser.add_argument(
+        "--shard-timeout",
+        metavar="SECONDS",
+        type=_positive_int,
+        help="end the job, naming the shard, when one takes longer than this",
+    )
+
+
+def _add_record_functions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parse",
+        metavar="MODULE:FUNCTION",
+        help="function that makes (x, y) of a record of tfrecord:, parquet: or tfds:",
+    )
+    parser.add_argument(
+        "--preprocess",
+        metavar="MODULE:FUNCTION",
+        help="function that makes the model's input of a batch of x",
+    )
+
+
+def _check_job(options: argparse.Namespace) -> str | None:
+    if options.store is not None:
+        taken = [f"--{n}" for n in ("examples", "layers", "precision") if getattr(options, n)]
+        return f"{taken[0]} is not for --store, which has its own" if taken else None
+    missing = [f"--{n}" for n in ("checkpoints", "examples") if getattr(options, n) is None]
+    return f"expected {missing[0]}, or --store" if missing else None
 
 
 def _checkpoints_options(parser: argparse.ArgumentParser) -> None:
@@ -96,12 +176,12 @@ def _checkpoints_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-weights",
     )
     _add_overwrite(parser)
+    _add_weights(parser)
     _add_extraction_options(parser)
+    _add_record_functions(parser)
 
 
-def _add_extraction_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which gradients are taken, and how."""
-    _add_model_options(parser)
+def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-weights",
         metavar="recorded|equal|FILE",
@@ -109,12 +189,16 @@ def _add_extraction_options(parser: argparse.ArgumentParser) -> None:
         help="weigh checkpoints by their recorded learning rates, as TracInCP does, or alike, or "
         "as a JSON file says, with a weight for each checkpoint id to use (default: %(default)s)",
     )
+
+
+def _add_extraction_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which gradients are taken, and how."""
+    _add_model_options(parser)
     parser.add_argument(
         "--layers",
         metavar="last|all-dense|all|NAME,...",
-        default="last",
         help="layers whose gradients count: the last dense one, all dense ones, also convolutions "
-        "and embeddings, or those named; frozen ones only if named (default: %(default)s)",
+        "and embeddings, or those named; frozen ones only if named (default: last)",
     )
     parser.add_argument(
         "--precision",
@@ -177,7 +261,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _influence_options(parser: argparse.ArgumentParser) -> None:
     _job_options(parser)
     parser.add_argument(
-        "--queries", metavar="SPEC", required=True, help="query examples, given as for --examples"
+        "--queries",
+        metavar="SPEC",
+        required=True,
+        help="query examples, given as for --examples; or store:STORE, their gradient factors",
     )
     parser.add_argument(
         "--query-loss",
@@ -211,12 +298,17 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def _positive_int(text: str) -> int:
     """Converts an option's value to a whole number of at least 1."""
+    return _whole_number(text, least=1)
+
+
+def _whole_number(text: str, least: int = 0) -> int:
+    """Converts an option's value to a whole number."""
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
     return value
 
 
@@ -247,6 +339,14 @@ COMMANDS = {
         _checkpoints_options,
         uses_beam=False,
     ),
+    "extract": Command(
+        "pipelines.extract",
+        "store the gradient factors of the training examples, for any number of later questions",
+        "Computes the gradient factors of the training examples at every checkpoint and stores\n"
+        "them in DIR, for self-influence and influence with --store. Run again after a crash, it\n"
+        "does what is missing.",
+        _extract_options,
+    ),
     "self-influence": Command(
         "pipelines.self_influence",
         "rank the training examples by self-influence: wrong labels come first",
@@ -254,6 +354,7 @@ COMMANDS = {
         "prediction, summed over checkpoints. Mislabelled and odd examples come first.\n"
         "Writes DIR/self_influence-*.parquet and DIR/manifest.json.",
         _job_options,
+        check=_check_job,
     ),
     "influence": Command(
         "pipelines.influence",
@@ -262,6 +363,7 @@ COMMANDS = {
         "(proponents) and those that raised it most (opponents).\n"
         "Writes DIR/influence-*.parquet and DIR/manifest.json.",
         _influence_options,
+        check=_check_job,
     ),
 }
 
@@ -282,11 +384,15 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     )
     command.add_options(parser)
     parser.set_defaults(command=name)
-    if not command.uses_beam:
-        return parser.parse_args(argv), []
     options, rest = parser.parse_known_args(argv)
+    if rest and not command.uses_beam:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         _check_beam_arguments(parser, rest)
+    if problem := command.check(options):
+        parser.error(problem)
+    if "layers" in options and options.layers is None:
+        options.layers = "last"
     return options, rest
 
 

@@ -2,19 +2,24 @@
 
 import argparse
 import contextlib
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipelines.options import INTERRUPTS
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.storage.files import StagedDirectory, local_path
-from tracin_transforms.storage.manifest import is_finished
+from tracin_transforms.storage.files import (
+    AnyPath,
+    StagedDirectory,
+    any_path,
+    remove_dead,
+    remove_tree,
+)
+from tracin_transforms.storage.job_notes import JobNotes
+from tracin_transforms.storage.manifest import FILE_NAME, is_finished
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Output:
         overwrite: Whether an earlier result there may be replaced.
     """
 
-    path: Path
+    path: AnyPath
     run: dict[str, Any]
     overwrite: bool
 
@@ -47,7 +52,7 @@ class Output:
 
 def open_output(options: argparse.Namespace, run: dict[str, Any]) -> Output:
     """Returns the job's output directory; whether it can be used, `already_done` finds out."""
-    return Output(local_path(options.output).resolve(), run, options.overwrite)
+    return Output(any_path(options.output).resolve(), run, options.overwrite)
 
 
 def shown(value: str | int | float | list[float]) -> str:
@@ -59,6 +64,13 @@ def shown(value: str | int | float | list[float]) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def skipped_line(skipped: int, output: AnyPath) -> list[str]:
+    """Returns what a summary says of examples that could not be used, if there are any."""
+    if not skipped:
+        return []
+    return [f"{skipped:,} examples could not be used: {output}/skipped-*.parquet says why."]
+
+
 @dataclass(frozen=True)
 class Staging:
     """Directories of a job in progress.
@@ -66,12 +78,31 @@ class Staging:
     Attributes:
         result: Becomes the output directory.
         work: For intermediate files.
-        progress: Where finished blocks are noted.
+        notes: What the job's processes note.
     """
 
-    result: Path
-    work: Path
-    progress: Path
+    result: AnyPath
+    work: AnyPath
+    notes: JobNotes
+
+
+@contextlib.contextmanager
+def work_directory(output: AnyPath) -> Iterator[tuple[AnyPath, JobNotes]]:
+    """Gives a directory beside the output, for intermediate files and the job's notes in it.
+
+    It is removed afterwards, and now what dead processes left there.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    remove_dead(output.parent)
+    work = StagedDirectory(output, "work")
+    try:
+        notes = JobNotes(work.create() / "notes")
+        notes.create()
+        yield work.path, notes
+    finally:
+        work.discard()
 
 
 @contextlib.contextmanager
@@ -84,26 +115,23 @@ def staged_output(output: Output) -> Iterator[Staging]:
         InputError: The output cannot be written, or was taken while the job ran.
     """
     path = output.path
-    result, work = StagedDirectory(path), StagedDirectory(path.with_name(f"{path.name}.work"))
+    result = StagedDirectory(path)
     try:
-        staging = Staging(result.create(), work.create(), work.path / "progress")
-        staging.progress.mkdir()
-        yield staging
+        with work_directory(path) as (work, notes):
+            yield Staging(result.create(), work, notes)
     except BaseException:
         result.discard()
         raise
-    finally:
-        work.discard()
     with _uninterrupted():
         try:
             # Once more: hours may have passed, and another job may have finished here.
             is_finished(path, output.run, output.overwrite)
-            previous = result.publish()
+            previous = result.publish(FILE_NAME)
         except (InputError, OSError) as error:
             raise InputError(f"{error}. The finished result was kept in {result.path}") from error
         try:
             if previous is not None:
-                shutil.rmtree(previous)
+                remove_tree(previous)
         except OSError as error:
             print(
                 f"tracin: warning: the result that was replaced could not be removed: {error}",

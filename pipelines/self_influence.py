@@ -3,18 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 
-from pipelines.execution import run_pipeline
-from pipelines.inputs import BLOCK_ROWS, check_unchanged, describe_run, keras_extractor, open_inputs
-from pipelines.outputs import open_output, shown, staged_output
-from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
-from tracin_transforms.beam.self_influence import ScoreSelfInfluence
+from pipelines.execution import Progress, run_pipeline
+from pipelines.outputs import open_output, shown, skipped_line, staged_output
+from pipelines.training import FromStore, open_training
+from tracin_transforms.beam.self_influence import ScoreSelfInfluence, ScoreStored
+from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.manifest import write_manifest
-from tracin_transforms.storage.results import write_self_influence
+from tracin_transforms.storage.results import write_self_influence, write_skipped
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
@@ -23,34 +22,36 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     Raises:
         InputError: An input or the output directory cannot be used.
     """
-    inputs = open_inputs(options)
-    described = describe_run(
-        options, inputs.series, inputs.weights, examples=inputs.source.fingerprint()
-    )
+    training = open_training(options)
+    described = training.described()
     output = open_output(options, described)
     if done := output.already_done():
         return done
-    extractor = SharedExtractor(keras_extractor(inputs.series, options))
-    # Held from before the pipeline starts: a bad checkpoint is an error of this process, and
-    # workers that are threads of it find the models loaded.
-    with staged_output(output) as staging, extractor.loaded():
+    with staged_output(output) as staging, training.ready() as ready:
 
         def build(pipeline: beam.Pipeline) -> None:
-            _ = (
-                pipeline
-                | "Shards" >> beam.Create(inputs.shards)
-                | ExtractFactors(inputs.source, extractor, BLOCK_ROWS, staging.progress)
-                | ScoreSelfInfluence(inputs.weights, staging.work)
-            )
+            if isinstance(ready, FromStore):
+                names = pipeline | "Shards" >> beam.Create(ready.shard_names)
+                _ = names | ScoreStored(
+                    ready.store, ready.checkpoint_ids, ready.weights, staging.work
+                )
+            else:
+                blocks = ready.blocks(pipeline, staging.notes)
+                _ = blocks | ScoreSelfInfluence(ready.weights, staging.work)
 
-        seconds = run_pipeline(build, beam_args, staging.progress, inputs.count)
-        check_unchanged(inputs.source, described["examples"])
-        ranking = write_self_influence(staging.work, staging.result, inputs.count)
-        write_manifest(staging.result, described, {"examples": inputs.count, "seconds": seconds})
-    return _summary(ranking.slice(0, 10).to_pylist(), inputs.count, seconds, output.path)
+        progress = Progress(staging.notes, ready.count, shard_seconds=options.shard_timeout)
+        seconds = run_pipeline(build, beam_args, progress)
+        count, bad = ready.finished(staging.notes)
+        ranking = write_self_influence(staging.work, staging.result, count)
+        write_skipped(staging.result, bad)
+        summary = {"examples": count, "skipped": len(bad), "seconds": seconds}
+        write_manifest(staging.result, described, summary)
+    return _summary(ranking.slice(0, 10).to_pylist(), count, len(bad), seconds, output.path)
 
 
-def _summary(top: list[dict[str, Any]], count: int, seconds: float, output: Path) -> str:
+def _summary(
+    top: list[dict[str, Any]], count: int, skipped: int, seconds: float, output: AnyPath
+) -> str:
     lines = [
         f"Self-influence of {count:,} training examples ({count / seconds:,.0f} a second), "
         "highest first:",
@@ -64,6 +65,7 @@ def _summary(top: list[dict[str, Any]], count: int, seconds: float, output: Path
     return "\n".join(
         [
             *lines,
+            *skipped_line(skipped, output),
             f"All of them, in this order: {output}/self_influence-*.parquet",
             "Next: look at the first ones; wrong labels and odd examples gather there.",
         ]

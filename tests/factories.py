@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
 from tracin_transforms.core.losses import softmax_cross_entropy
-from tracin_transforms.core.protocols import ExampleBatch, Shard
+from tracin_transforms.core.protocols import ExampleBatch, ExampleSource, Shard
 from tracin_transforms.core.targets import target_rows
 
 CLASSES, WIDTH, CHECKPOINTS = 4, 6, 3
@@ -28,10 +27,10 @@ def random_block(
     shape = (n,) if positions == 1 else (n, positions)
     return FactorBlock(
         shard=shard,
-        start=0,
+        indices=np.arange(n),
         example_ids=np.array([f"{prefix}{i:05d}" for i in range(n)], dtype=str),
         labels=rng.integers(0, CLASSES, n).astype(np.int32),
-        predictions=rng.integers(0, CLASSES, n).astype(np.int32),
+        predictions=rng.integers(0, CLASSES, (n, CHECKPOINTS)).astype(np.int32),
         losses=rng.random((n, CHECKPOINTS), dtype=np.float32),
         gradients=tuple(
             GradientFactors(
@@ -77,7 +76,7 @@ def split(block: FactorBlock, pieces: int) -> list[FactorBlock]:
 
 
 @dataclass(frozen=True)
-class ArraySource:
+class ArraySource(ExampleSource):
     """Random examples in a given number of shards; the examples do not depend on it."""
 
     n: int
@@ -88,7 +87,7 @@ class ArraySource:
     def shards(self) -> tuple[Shard, ...]:
         edges = np.linspace(0, self.n, self.number_of_shards + 1).astype(int).tolist()
         return tuple(
-            Shard(f"shard-{i}", start, end - start)
+            Shard(f"shard-{i}", start=start, count=end - start)
             for i, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
         )
 
@@ -98,13 +97,10 @@ class ArraySource:
         targets = rng.integers(0, CLASSES, self.n)
         ids = np.array([f"{self.prefix}{i:05d}" for i in range(self.n)])
         for start in range(shard.start, shard.start + shard.count, batch_size):
-            rows = slice(start, min(start + batch_size, shard.start + shard.count))
+            rows = np.arange(start, min(start + batch_size, shard.start + shard.count))
             yield ExampleBatch(
-                shard.name, start - shard.start, ids[rows], inputs[rows], targets[rows]
+                shard.name, rows - shard.start, ids[rows], inputs[rows], targets[rows]
             )
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"n": self.n, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -122,20 +118,21 @@ class LinearExtractor:
     def extract(self, batch: ExampleBatch) -> FactorBlock:
         rng = np.random.default_rng(self.seed)
         rows = target_rows("index", batch.targets, (len(batch), CLASSES))
-        losses, gradients = [], []
+        losses, gradients, predictions = [], [], []
         for k in range(CHECKPOINTS):
             kernel = rng.standard_normal((WIDTH, CLASSES))
             logits = batch.inputs.astype(np.float64) @ kernel
             loss, signals = softmax_cross_entropy(np, logits, rows)
             losses.append(loss)
+            predictions.append(logits.argmax(axis=1).astype(np.int32))
             layer = LayerFactors("dense", batch.inputs, signals.astype(np.float32), has_bias=True)
             gradients.append(GradientFactors(f"epoch-{k}", (layer,)))
         return FactorBlock(
             shard=batch.shard,
-            start=batch.start,
+            indices=batch.indices,
             example_ids=batch.example_ids,
             labels=batch.targets.astype(np.int32),
-            predictions=logits.argmax(axis=1).astype(np.int32),
+            predictions=np.stack(predictions, axis=1),
             losses=np.stack(losses, axis=1).astype(np.float32),
             gradients=tuple(gradients),
         )

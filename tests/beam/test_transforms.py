@@ -7,13 +7,14 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that
 
 from tests.factories import WEIGHTS, ArraySource, LinearExtractor
-from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
+from tracin_transforms.beam.extract import ExtractFactors, Extraction, SharedExtractor
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence, _MergeTop
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence
 from tracin_transforms.core.factors import concatenate_blocks
 from tracin_transforms.core.influence import self_influence
 from tracin_transforms.core.ranking import TopInfluences, merge_block
 from tracin_transforms.storage.factor_file import write_factor_block
+from tracin_transforms.storage.job_notes import JobNotes
 from tracin_transforms.storage.results import read_result, write_self_influence
 
 N, K = 150, 5
@@ -29,7 +30,7 @@ def _all_factors(source):
 
 def _run(transform, source, block_rows, beam_args=()):
     options = PipelineOptions(["--runner=FnApiRunner", *beam_args])
-    extract = ExtractFactors(source, SharedExtractor(EXTRACTOR), block_rows)
+    extract = ExtractFactors(Extraction(source, SharedExtractor(EXTRACTOR), block_rows))
     with beam.Pipeline(options=options) as pipeline:
         _ = pipeline | beam.Create(source.shards()) | extract | transform
 
@@ -106,10 +107,15 @@ def test_blocks_are_no_larger_than_asked_for_and_noted(tmp_path):
     def check(blocks):
         assert sorted(len(block) for block in blocks) == [15, 15, 60, 60]
 
-    extract = ExtractFactors(ArraySource(N, 2), SharedExtractor(EXTRACTOR), 60, tmp_path)
+    notes = JobNotes(tmp_path)
+    notes.create()
+    source = ArraySource(N, 2)
+    extract = ExtractFactors(Extraction(source, SharedExtractor(EXTRACTOR), 60, notes))
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        assert_that(pipeline | beam.Create(ArraySource(N, 2).shards()) | extract, check)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        assert_that(pipeline | beam.Create(source.shards()) | extract, check)
+    assert notes.examples() == N
+    assert notes.all_running() == []
+    assert sorted(file.name for file in (tmp_path / "blocks").iterdir()) == [
         "shard-0-000000000000-60",
         "shard-0-000000000060-15",
         "shard-1-000000000000-60",
@@ -119,7 +125,7 @@ def test_blocks_are_no_larger_than_asked_for_and_noted(tmp_path):
 
 def test_transforms_are_small_when_pickled(tmp_path):
     for transform in (
-        ExtractFactors(ArraySource(10**6, 1000), SharedExtractor(EXTRACTOR), 2048),
+        ExtractFactors(Extraction(ArraySource(10**6, 1000), SharedExtractor(EXTRACTOR), 2048)),
         ScoreSelfInfluence(WEIGHTS, tmp_path),
         ScoreInfluence(tmp_path / "queries.npz", WEIGHTS, 20),
     ):
@@ -148,7 +154,7 @@ def test_merging_tops_without_a_pipeline(queries):
 @pytest.mark.parametrize("size", [0, -1])
 def test_sizes_below_one_are_refused(tmp_path, size):
     with pytest.raises(ValueError, match=f"block_rows is {size}"):
-        ExtractFactors(ArraySource(1, 1), SharedExtractor(EXTRACTOR), size)
+        Extraction(ArraySource(1, 1), SharedExtractor(EXTRACTOR), size)
     with pytest.raises(ValueError, match=f"k is {size}"):
         ScoreInfluence(tmp_path, WEIGHTS, size)
 

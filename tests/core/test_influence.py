@@ -22,10 +22,10 @@ def _single(activation, error_signal, has_bias):
     )
     return FactorBlock(
         shard="s",
-        start=0,
+        indices=np.arange(1),
         example_ids=np.array(["a"]),
-        labels=np.zeros(1, np.int32),
-        predictions=np.zeros(1, np.int32),
+        labels=np.zeros((1, 1), np.int32),
+        predictions=np.zeros((1, 1), np.int32),
         losses=np.zeros((1, 1), np.float32),
         gradients=(GradientFactors("epoch-1", (layer,)),),
     )

@@ -3,7 +3,7 @@ import pytest
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.targets import (
-    RowError,
+    ExampleError,
     readable_predictions,
     readable_targets,
     target_rows,
@@ -36,16 +36,16 @@ def test_labels_and_predictions_for_a_reader():
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
-        ("index", [0, 3, 4], r"row 2: label 4 is out of range.*expected 0 to 3"),
-        ("index", [-1, 3, 0], "row 0: label -1"),
-        ("distribution", [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]], "row 1: .* is not one-hot"),
-        ("distribution", [[1, 0, 0, 0], [2, -1, 0, 0], [0, 0, 0, 1]], "row 1: .* is not one-hot"),
-        ("binary", [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 3, 0]], "row 2: .* is not 0 or 1"),
-        ("value", [[0, 0, 1, 0], [0, np.nan, 0, 0], [0, 0, 3, 0]], "row 1: .* is not finite"),
+        ("index", [0, 3, 4], r"label 4 is out of range.*expected 0 to 3"),
+        ("index", [-1, 3, 0], "label -1"),
+        ("distribution", [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]], ".* is not one-hot"),
+        ("distribution", [[1, 0, 0, 0], [2, -1, 0, 0], [0, 0, 0, 1]], ".* is not one-hot"),
+        ("binary", [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 3, 0]], ".* is not 0 or 1"),
+        ("value", [[0, 0, 1, 0], [0, np.nan, 0, 0], [0, 0, 3, 0]], ".* is not finite"),
     ],
 )
 def test_bad_targets_are_named(kind, targets, message):
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(ExampleError, match=message):
         target_rows(kind, np.array(targets), (3, 4))
 
 

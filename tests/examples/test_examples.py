@@ -81,16 +81,16 @@ def test_default_ids_do_not_depend_on_the_shards(path):
     source = NpzExamples(str(path), shard_size=7)
     batch = next(source.read(source.shards()[1], 2))
     assert batch.example_ids.tolist() == ["data:7", "data:8"]
-    assert (batch.shard, batch.start) == ("data-00001-of-00004", 0)
+    assert (batch.shard, batch.indices[0]) == ("data-00001-of-00004", 0)
 
 
 def test_a_changed_file_is_read_again(path, arrays):
     before = NpzExamples(str(path))
     assert before.shards()[0].count == 23
-    old = before.fingerprint()
+    old = before.describe()
     np.savez(path, x=arrays["x"][:5], y=arrays["y"][:5])
     assert before.shards()[0].count == 5
-    assert before.fingerprint()["sha256"] != old["sha256"]
+    assert before.describe()["sha256"] != old["sha256"]
 
 
 def test_spec_names_the_arrays(path):

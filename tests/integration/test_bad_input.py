@@ -122,7 +122,7 @@ def test_bad_files(arguments, tmp_path):
         (f"npz:{tmp_path / 'missing.npz'}", "missing.npz' does not exist"),
         (f"npz:{tmp_path / 'text.npz'}", "text.npz' is not a NumPy archive"),
         ("csv:data.csv", "unknown kind of source 'csv'"),
-        ("npz:gs://bucket/data.npz", "only local paths"),
+        ("npz:gs://bucket/data.npz", "no Google credentials found"),
     ]:
         (tmp_path / "text.npz").write_text("hello")
         _refused("self-influence", {**arguments, "--examples": spec}, fragment)

@@ -16,7 +16,7 @@ def _seeded():
 def batch_of(inputs, targets, ids=None):
     if ids is None:
         ids = np.array([f"z{i:03d}" for i in range(len(targets))])
-    return ExampleBatch("shard-0", 0, ids, inputs, targets)
+    return ExampleBatch("shard-0", np.arange(len(ids)), ids, inputs, targets)
 
 
 def image_batch(n=40, one_hot=False, seed=0):

@@ -47,7 +47,7 @@ def test_losses_labels_and_predictions_are_those_of_keras(tmp_path):
     losses = keras.losses.sparse_categorical_crossentropy(batch.targets, logits, from_logits=True)
 
     assert block.labels.tolist() == batch.targets.tolist()
-    assert block.predictions.tolist() == logits.argmax(axis=1).tolist()
+    assert block.predictions[:, 1].tolist() == logits.argmax(axis=1).tolist()
     np.testing.assert_allclose(block.losses[:, 1], losses, rtol=1e-5)
     assert block.checkpoint_ids == ("epoch-0", "epoch-1")
 
@@ -175,7 +175,7 @@ def test_non_finite_inputs_are_named(tmp_path, value):
     extractor = KerasFactorExtractor(save_series(tmp_path, [conv_model()])).load()
     batch = image_batch(5)
     batch.inputs[3, 2, 2, 1] = value
-    with pytest.raises(InputError, match="example 'z003' of shard 'shard-0' has a NaN or infinite"):
+    with pytest.raises(InputError, match="example 'z003' of .*: has a NaN or infinite"):
         extractor.extract(batch)
 
 

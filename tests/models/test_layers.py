@@ -191,7 +191,7 @@ def test_a_loss_at_every_position(tmp_path):
     block = KerasFactorExtractor(series, "all-dense").load().extract(batch)
     exact = load_model(series.checkpoints[0], exact=True)
     assert block.labels.tolist() == batch.targets.tolist()
-    assert block.predictions.shape == (10, 4)
+    assert block.predictions.shape == (10, 1, 4)
     for layer in block.gradients[0].layers:
         _assert_dense_factors(layer, exact, batch)
 

@@ -315,7 +315,7 @@ def test_a_subclassed_model_is_built_by_its_first_step(tmp_path):
         model.fit(X, Y, batch_size=50, shuffle=False, verbose=0, callbacks=[recorder])
 
     fit(tmp_path / "run", BuiltWhenCalled())
-    batch = ExampleBatch("shard-0", 0, np.arange(50).astype(str), X, Y)
+    batch = ExampleBatch("shard-0", np.arange(50), np.arange(50).astype(str), X, Y)
     series = read_checkpoint_series(tmp_path / "run")
     block = KerasFactorExtractor(series, "all-dense").load().extract(batch)
     assert len(block.layer_names) == 1

@@ -32,7 +32,7 @@ def test_each_command_has_help(command, capsys):
         (["influence", *JOB], "required: --queries"),
         (["influence", *JOB, "--queries", "npz:q.npz", "--k", "0"], "'0': expected a whole number"),
         (["influence", *JOB, "--queries", "npz:q.npz", "--k", "x"], "'x': expected a whole number"),
-        (["self-influence", *JOB[2:]], "required: --checkpoints"),
+        (["self-influence", *JOB[2:]], "expected --checkpoints, or --store"),
         (["self-influence", *JOB, "--batch-size", "-3"], "'-3': expected a whole number"),
         (["self-influence", *JOB, "--ouput=x"], r"--ouput (did you mean --output?)"),
         (["self-influence", *JOB, "--direct_num_worker=2"], "(did you mean --direct_num_workers?)"),

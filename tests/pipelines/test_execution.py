@@ -5,9 +5,10 @@ import sys
 import apache_beam as beam
 import pytest
 
-from pipelines.execution import as_input_error, run_pipeline
+from pipelines.execution import Progress, as_input_error, run_pipeline
 from pipelines.stderr import captured_stderr
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.storage.job_notes import JobNotes
 
 
 def test_an_input_error_is_recognised_wherever_it_was_raised():
@@ -32,7 +33,13 @@ def test_what_a_pipeline_raises_is_raised(tmp_path):
         _ = pipeline | beam.Create(["no luck"]) | beam.Map(_fail)
 
     with pytest.raises(RuntimeError, match="no luck"):
-        run_pipeline(build, [], tmp_path, 1)
+        run_pipeline(build, [], _progress(tmp_path))
+
+
+def _progress(directory, **more):
+    notes = JobNotes(directory)
+    notes.create()
+    return Progress(notes, 1, **more)
 
 
 def _script(body):

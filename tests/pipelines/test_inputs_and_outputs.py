@@ -1,13 +1,13 @@
+import argparse
 import os
 import signal
 
 import numpy as np
 import pytest
 
-from pipelines.inputs import check_unchanged
 from pipelines.outputs import Output, shown, staged_output
+from pipelines.training import open_examples
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.examples.npz import NpzExamples
 from tracin_transforms.storage.files import StagedDirectory
 from tracin_transforms.storage.manifest import write_manifest
 
@@ -66,9 +66,9 @@ def test_with_overwrite_the_last_job_wins(tmp_path):
 def test_an_interrupt_while_the_result_is_moved_comes_too_late(tmp_path, monkeypatch):
     publish = StagedDirectory.publish
 
-    def interrupted(self):
+    def interrupted(self, last):
         os.kill(os.getpid(), signal.SIGINT)
-        return publish(self)
+        return publish(self, last)
 
     monkeypatch.setattr(StagedDirectory, "publish", interrupted)
     handler = signal.getsignal(signal.SIGINT)
@@ -79,12 +79,12 @@ def test_an_interrupt_while_the_result_is_moved_comes_too_late(tmp_path, monkeyp
 
 def test_examples_that_change_meanwhile_are_noticed(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=np.zeros(3, int))
-    source = NpzExamples(str(tmp_path / "a.npz"))
-    before = source.fingerprint()
-    check_unchanged(source, before)
+    options = argparse.Namespace(examples=f"npz:{tmp_path / 'a.npz'}", parse=None, preprocess=None)
+    training = open_examples(options, series=None, weights=np.ones(1))
+    training.check_unchanged()
     np.savez(tmp_path / "a.npz", x=np.ones((3, 2)), y=np.zeros(3, int))
-    with pytest.raises(InputError, match=r"examples 'a\.npz' changed while the job ran"):
-        check_unchanged(source, before)
+    with pytest.raises(InputError, match=r"examples 'npz:.*a\.npz' changed while the job ran"):
+        training.check_unchanged()
 
 
 def test_what_a_summary_shows():

@@ -56,7 +56,7 @@ def test_published_directory_replaces_the_old_one(tmp_path):
     for content in ("first", "second"):
         staged = StagedDirectory(output)
         (staged.create() / "file").write_text(content)
-        previous.append(staged.publish())
+        previous.append(staged.publish("manifest.json"))
         staged.discard()
     assert (output / "file").read_text() == "second"
     assert previous[0] is None
@@ -83,7 +83,7 @@ def test_a_directory_that_cannot_be_moved_stays(tmp_path):
     (tmp_path / "out" / "file").write_text("old")
     staged.path.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
-        staged.publish()
+        staged.publish("manifest.json")
     assert (tmp_path / "out" / "file").read_text() == "old"
 
 
@@ -111,7 +111,7 @@ def test_discarding_wins_against_threads_that_still_write(tmp_path):
 
 
 def test_paths_that_cannot_be_used(tmp_path):
-    with pytest.raises(InputError, match=r"'gs://bucket/x': only local paths"):
+    with pytest.raises(InputError, match=r"'gs://bucket/x': expected a local path"):
         local_path("gs://bucket/x")
     with pytest.raises(InputError, match=r"model '.*nothing' does not exist: expected a file"):
         existing_file(tmp_path / "nothing", "model")
@@ -250,12 +250,15 @@ def test_factor_block_round_trip(tmp_path):
         block.gradients[1], layers=(renamed, block.gradients[1].layers[1])
     )
     block = dataclasses.replace(
-        block, start=7, gradients=(block.gradients[0], gradient, block.gradients[2])
+        block,
+        indices=block.indices + 7,
+        gradients=(block.gradients[0], gradient, block.gradients[2]),
     )
     write_factor_block(tmp_path / "block.npz", block)
     read = read_factor_block(tmp_path / "block.npz")
 
-    assert (read.shard, read.start) == (block.shard, block.start)
+    assert read.shard == block.shard
+    np.testing.assert_array_equal(read.indices, block.indices)
     assert read.checkpoint_ids == block.checkpoint_ids
     np.testing.assert_array_equal(read.labels, block.labels)
     np.testing.assert_array_equal(read.predictions, block.predictions)
@@ -270,8 +273,9 @@ def test_factor_block_round_trip(tmp_path):
 
 def _write_all(directory, blocks, expected):
     for start, block in enumerate(blocks):
-        block = dataclasses.replace(block, start=start)
-        write_scores(directory, block, self_influence(block, WEIGHTS))
+        block = dataclasses.replace(block, indices=block.indices + 1000 * start)
+        parts = self_influence(block, WEIGHTS)
+        write_scores(directory, str(start), block, parts, block.layer_names)
     return write_self_influence(directory, directory, expected)
 
 
@@ -311,7 +315,8 @@ def test_equal_self_influence_is_ordered_by_id(tmp_path):
     block = random_block(np.random.default_rng(1), 6)
     ids = np.array(["b", "d", "a", "é", "c", "Z"])
     parts = np.reshape([1.0, 2.0, 1.0, 1.0, 2.0, 1.0], (6, 1, 1))
-    write_scores(tmp_path, dataclasses.replace(block, example_ids=ids), parts)
+    renamed = dataclasses.replace(block, example_ids=ids)
+    write_scores(tmp_path, "all", renamed, parts, block.layer_names)
     ranking = write_self_influence(tmp_path, tmp_path, 6)
     assert ranking["example_id"].to_pylist() == ["c", "d", "Z", "a", "b", "é"]
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import apache_beam as beam
 import numpy as np
@@ -14,6 +13,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.ranking import TopInfluences, merge_block
 from tracin_transforms.storage.factor_file import read_factor_block
+from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.results import write_influence
 
 
@@ -29,7 +29,7 @@ class ScoreInfluence(beam.PTransform):
         k: Proponents, and opponents, to keep for each query.
     """
 
-    queries: Path
+    queries: AnyPath
     weights: np.ndarray
     k: int
 
@@ -55,20 +55,20 @@ class WriteInfluence(beam.PTransform):
         directory: Where the files go.
     """
 
-    queries: Path
-    directory: Path
+    queries: AnyPath
+    directory: AnyPath
 
     def expand(self, top: beam.PCollection[TopInfluences]) -> beam.PCollection[None]:
         """Wires the steps."""
         return top | "WriteParquet" >> beam.Map(_write, self.queries, self.directory)
 
 
-def _write(top: TopInfluences, queries: Path, directory: Path) -> None:
+def _write(top: TopInfluences, queries: AnyPath, directory: AnyPath) -> None:
     write_influence(directory, top, read_factor_block(queries))
 
 
 class _ScoreBlocks(beam.DoFn):
-    def __init__(self, queries: Path, weights: np.ndarray, k: int) -> None:
+    def __init__(self, queries: AnyPath, weights: np.ndarray, k: int) -> None:
         self._path = queries
         self._weights = weights
         self._k = k

@@ -1,4 +1,6 @@
-"""The error that a user can act on."""
+"""The errors that a user can act on."""
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -7,3 +9,22 @@ class InputError(ValueError):
     Commands print the message alone and exit with status 1. Any other exception is a defect of
     this project and keeps its traceback.
     """
+
+
+class ExampleError(InputError):
+    """Some examples of a batch cannot be used; the others may.
+
+    Args:
+        problems: Pairs of a row of the batch and what is wrong with it, at least one.
+    """
+
+    def __init__(self, problems: Sequence[tuple[int, str]]) -> None:
+        super().__init__(problems)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return self.problems[0][1]
+
+
+class AbandonedError(InputError):
+    """A job was given up while threads of this process may still be at it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.errors import ExampleError
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,17 +137,18 @@ class FactorBlock:
 
     Attributes:
         shard: Name of the shard the rows come from.
-        start: Index of the first row within the shard.
+        indices: Index of each row within the shard, shape [n], int64.
         example_ids: Shape [n], unicode, unique.
         labels: Class index, int32, or value, float32, shape [n]; [n, m] where an example has
             several.
-        predictions: What the last checkpoint predicts, in the form of the labels.
+        predictions: What each checkpoint predicts, in the form of the labels, shape [n, K] or
+            [n, K, m].
         losses: Loss at each checkpoint, shape [n, K], float32, in nats.
         gradients: One `GradientFactors` per checkpoint, in order.
     """
 
     shard: str
-    start: int
+    indices: np.ndarray
     example_ids: np.ndarray
     labels: np.ndarray
     predictions: np.ndarray
@@ -162,9 +163,13 @@ class FactorBlock:
             raise ValueError(f"example_ids have dtype {self.example_ids.dtype}, expected unicode")
         if self.losses.shape != (n, checkpoints):
             raise ValueError(f"losses have shape {self.losses.shape}, expected {(n, checkpoints)}")
-        for field in ("labels", "predictions"):
+        for field in ("indices", "labels"):
             if len(getattr(self, field)) != n:
                 raise ValueError(f"{field} are {len(getattr(self, field))}, expected {n}")
+        if self.predictions.shape[:2] != (n, checkpoints):
+            raise ValueError(
+                f"predictions have shape {self.predictions.shape}, expected {(n, checkpoints)}"
+            )
         for gradient in self.gradients:
             if len(gradient) != n:
                 raise ValueError(
@@ -197,9 +202,10 @@ class FactorBlock:
         return replace(self, gradients=tuple(g.scaled(factors) for g in self.gradients))
 
     def rows(self, selection: slice | np.ndarray) -> "FactorBlock":
-        """Returns the block of the selected rows; `start` stays that of the whole block."""
+        """Returns the block of the selected rows."""
         return replace(
             self,
+            indices=self.indices[selection],
             example_ids=self.example_ids[selection],
             labels=self.labels[selection],
             predictions=self.predictions[selection],
@@ -212,7 +218,7 @@ def check_finite(block: FactorBlock) -> FactorBlock:
     """Returns the block if every number in it is finite.
 
     Raises:
-        InputError: A number is NaN or infinite; the message names example and checkpoint.
+        ExampleError: Numbers are NaN or infinite; the message names example and checkpoint.
     """
     for k, gradient in enumerate(block.gradients):
         finite = np.isfinite(block.losses[:, k])
@@ -222,17 +228,22 @@ def check_finite(block: FactorBlock) -> FactorBlock:
                 axes = tuple(range(1, array.ndim))
                 finite &= np.isfinite(array.sum(axis=axes, dtype=np.float64))
         if not finite.all():
-            example = str(block.example_ids[np.flatnonzero(~finite)[0]])
-            raise InputError(
-                f"example {example!r} has a non-finite activation, error signal or loss at "
-                f"checkpoint {gradient.checkpoint_id!r}; check the example, and whether training "
-                "had diverged by then"
+            raise ExampleError(
+                [
+                    (
+                        row,
+                        f"example {str(block.example_ids[row])!r} has a non-finite activation, "
+                        f"error signal or loss at checkpoint {gradient.checkpoint_id!r}; check "
+                        "the example, and whether training had diverged by then",
+                    )
+                    for row in np.flatnonzero(~finite).tolist()
+                ]
             )
     return block
 
 
 def concatenate_blocks(blocks: Sequence[FactorBlock]) -> FactorBlock:
-    """Returns one block with the rows of all, in order; shard and start are the first one's.
+    """Returns one block with the rows of all, in order; the shard is the first one's.
 
     Raises:
         ValueError: No blocks, or blocks of different checkpoints.
@@ -244,6 +255,7 @@ def concatenate_blocks(blocks: Sequence[FactorBlock]) -> FactorBlock:
         raise ValueError("expected blocks of the same checkpoints")
     return replace(
         first,
+        indices=np.concatenate([block.indices for block in blocks]),
         example_ids=np.concatenate([block.example_ids for block in blocks]),
         labels=np.concatenate([block.labels for block in blocks]),
         predictions=np.concatenate([block.predictions for block in blocks]),

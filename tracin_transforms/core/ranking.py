@@ -46,7 +46,7 @@ class InfluenceRows:
             query_rows=np.empty(0, dtype=np.int64),
             example_ids=np.empty(0, dtype="U1"),
             labels=queries.labels[:0],
-            predictions=queries.predictions[:0],
+            predictions=queries.predictions[:0, -1],
             parts=np.empty((0, len(queries.gradients), len(queries.layer_names))),
         )
 
@@ -145,7 +145,7 @@ def merge_block(
             query_rows=columns,
             example_ids=block.example_ids[rows],
             labels=block.labels[rows],
-            predictions=block.predictions[rows],
+            predictions=block.predictions[rows, -1],
             parts=pair_influence(block, queries, weights, rows, columns),
         )
         ends.append(_strongest(known, found, best.k, sign))

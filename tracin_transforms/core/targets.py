@@ -4,24 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.errors import ExampleError, InputError
 
 # Kinds of targets that stand for one of several classes.
 _CLASSES = ("index", "distribution", "class")
 # Labels of any form, class indices or values: those of losses that are not formulas of ours.
 INDICES, VALUES = "indices", "values"
-
-
-class RowError(InputError):
-    """One row of a batch is bad; whoever knows the ids names the example instead of the row."""
-
-    def __init__(self, row: int, problem: str) -> None:
-        super().__init__(row, problem)
-        self.row = row
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"row {self.row}: {self.problem}"
 
 
 def target_rows(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -37,7 +25,7 @@ def target_rows(kind: str, targets: np.ndarray, shape: tuple[int, ...]) -> np.nd
         indices instead of one-hot rows.
 
     Raises:
-        InputError: The targets do not fit the outputs; RowError where it is one row.
+        InputError: The targets do not fit the outputs; ExampleError where it is some rows.
     """
     targets = np.asarray(targets)
     if kind in (INDICES, VALUES):
@@ -92,11 +80,15 @@ def _one_hot(targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         )
     outside = (targets < 0) | (targets >= classes)
     if outside.any():
-        at = tuple(np.argwhere(outside)[0])
-        raise RowError(
-            int(at[0]),
-            f"label {int(targets[at])} is out of range: the model has {classes} classes, "
-            f"expected 0 to {classes - 1}",
+        raise ExampleError(
+            [
+                (
+                    int(at[0]),
+                    f"label {int(targets[tuple(at)])} is out of range: the model has {classes} "
+                    f"classes, expected 0 to {classes - 1}",
+                )
+                for at in np.argwhere(outside)
+            ]
         )
     return (targets[..., None] == np.arange(classes)).astype(np.float64)
 
@@ -112,8 +104,12 @@ def _check_values(kind: str, rows: np.ndarray) -> None:
         good = np.isfinite(rows).all(axis=-1)
         expected = "finite"
     if not good.all():
-        at = tuple(np.argwhere(~good)[0])
-        raise RowError(int(at[0]), f"label {str(rows[at].tolist()):.80} is not {expected}")
+        raise ExampleError(
+            [
+                (int(at[0]), f"label {str(rows[tuple(at)].tolist()):.80} is not {expected}")
+                for at in np.argwhere(~good)
+            ]
+        )
 
 
 def readable_targets(kind: str, rows: np.ndarray) -> np.ndarray:

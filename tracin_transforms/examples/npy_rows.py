@@ -11,12 +11,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.storage.files import AnyPath
 
 # What NumPy raises for files that are not whole, or hold more than plain arrays.
 _UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -53,7 +53,7 @@ class StoredRows:
         shape: Its shape.
     """
 
-    file: Path
+    file: AnyPath
     offset: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class StoredRows:
         return found
 
 
-def open_rows(file: Path, names: Sequence[str], hint: str) -> dict[str, Rows]:
+def open_rows(file: AnyPath, names: Sequence[str], hint: str) -> dict[str, Rows]:
     """Returns the named arrays of an archive; nothing is unpickled.
 
     Args:
@@ -95,7 +95,7 @@ def open_rows(file: Path, names: Sequence[str], hint: str) -> dict[str, Rows]:
         return {name: _rows(file, archive, members[name], name) for name in names}
 
 
-def verify(file: Path, names: Sequence[str]) -> None:
+def verify(file: AnyPath, names: Sequence[str]) -> None:
     """Reads arrays to the end and compares their checksums, which reading single rows does not.
 
     Raises:
@@ -109,19 +109,20 @@ def verify(file: Path, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        archive = zipfile.ZipFile(file)
-    except _UNREADABLE as error:
-        raise InputError(
-            f"{str(file)!r} is not a NumPy archive, or truncated: expected an .npz file as written "
-            f"by numpy.savez ({error})"
-        ) from error
-    with archive:
-        yield archive
+def _opened(file: AnyPath) -> Iterator[zipfile.ZipFile]:
+    with file.open("rb") as opened:
+        try:
+            archive = zipfile.ZipFile(opened)
+        except _UNREADABLE as error:
+            raise InputError(
+                f"{str(file)!r} is not a NumPy archive, or truncated: expected an .npz file as "
+                f"written by numpy.savez ({error})"
+            ) from error
+        with archive:
+            yield archive
 
 
-def _rows(file: Path, archive: zipfile.ZipFile, member: str, name: str) -> Rows:
+def _rows(file: AnyPath, archive: zipfile.ZipFile, member: str, name: str) -> Rows:
     info = archive.getinfo(member)
     with _damage_named(file, name):
         if info.compress_type == zipfile.ZIP_STORED:
@@ -133,7 +134,7 @@ def _rows(file: Path, archive: zipfile.ZipFile, member: str, name: str) -> Rows:
         return found
 
 
-def _stored(file: Path, info: zipfile.ZipInfo) -> StoredRows | None:
+def _stored(file: AnyPath, info: zipfile.ZipInfo) -> StoredRows | None:
     """Returns an array by its place in the file, or None if it lies there in another order."""
     with file.open("rb") as opened:
         opened.seek(info.header_offset)
@@ -152,7 +153,7 @@ def _stored(file: Path, info: zipfile.ZipInfo) -> StoredRows | None:
 
 
 @contextlib.contextmanager
-def _damage_named(file: Path, name: str) -> Iterator[None]:
+def _damage_named(file: AnyPath, name: str) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:

@@ -3,16 +3,15 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.example_ids import check_unique
-from tracin_transforms.core.protocols import ExampleBatch, Shard
+from tracin_transforms.core.protocols import ExampleBatch, ExampleSource, Shard
 from tracin_transforms.examples.npy_rows import Rows, open_rows, verify
-from tracin_transforms.storage.files import existing_file, sha256
+from tracin_transforms.storage.files import AnyPath, any_path, existing_file, sha256, version
 
 # Several blocks, so that one can be read while another is scored; and a few shards at least, so
 # that workers share even small data.
@@ -22,7 +21,7 @@ _SMALLEST_SHARD = 256
 
 
 @dataclass(frozen=True)
-class NpzExamples:
+class NpzExamples(ExampleSource):
     """Examples from the arrays of an ``.npz`` file.
 
     Rows are read when they are wanted, if `numpy.savez` wrote the file; what
@@ -73,9 +72,11 @@ class NpzExamples:
         number = -(-count // size)
         return tuple(
             Shard(
-                name=f"{Path(self.path).stem}-{i:05d}-of-{number:05d}",
+                name=f"{file.stem}-{i:05d}-of-{number:05d}",
+                path=str(file),
                 start=i * size,
                 count=min(size, count - i * size),
+                size=version(file)[0] * min(size, count - i * size) // count,
             )
             for i in range(number)
         )
@@ -83,13 +84,14 @@ class NpzExamples:
     def read(self, shard: Shard, batch_size: int) -> Iterator[ExampleBatch]:
         """Yields the shard's examples in order, `batch_size` at a time; the last may be smaller."""
         arrays = self._arrays()
-        end = shard.start + shard.count
+        end = shard.start + (shard.count or 0)
         for start in range(shard.start, end, batch_size):
             rows = slice(start, min(start + batch_size, end))
+            indices = np.arange(rows.start, rows.stop) - shard.start
             weights = self.sample_weights
             yield ExampleBatch(
                 shard=shard.name,
-                start=start - shard.start,
+                indices=indices,
                 example_ids=self._ids(arrays, rows),
                 inputs=arrays[self.inputs][rows]
                 if isinstance(self.inputs, str)
@@ -98,7 +100,7 @@ class NpzExamples:
                 sample_weights=None if weights is None else arrays[weights][rows].astype(float),
             )
 
-    def fingerprint(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Returns the file's name and content hash, and which arrays are read."""
         file = existing_file(self.path, "examples file")
         arrays = [self.inputs, self.targets, self.example_ids]
@@ -112,17 +114,17 @@ class NpzExamples:
     def _ids(self, arrays: dict[str, Rows], rows: slice) -> np.ndarray:
         if self.example_ids is not None:
             return arrays[self.example_ids][rows].astype(str)
-        stem = Path(self.path).stem
+        stem = any_path(self.path).stem
         return np.array([f"{stem}:{i}" for i in range(rows.start, rows.stop)])
 
     def _arrays(self) -> dict[str, Rows]:
         file = existing_file(self.path, "examples file")
-        return _open_arrays(file, file.stat().st_mtime_ns, self)
+        return _open_arrays(file, version(file), self)
 
 
 # The training examples and the queries of one job.
 @functools.lru_cache(maxsize=2)
-def _open_arrays(file: Path, _changed: int, source: NpzExamples) -> dict[str, Rows]:
+def _open_arrays(file: AnyPath, _version: tuple[int, int], source: NpzExamples) -> dict[str, Rows]:
     inputs = source.inputs if not isinstance(source.inputs, str) else (("", source.inputs),)
     input_names = [array for _, array in inputs]
     ids, weights = source.example_ids, source.sample_weights
@@ -150,7 +152,7 @@ def _open_arrays(file: Path, _changed: int, source: NpzExamples) -> dict[str, Ro
     return arrays
 
 
-def _check_kind(file: Path, name: str, rows: Rows, kinds: str, expected: str) -> None:
+def _check_kind(file: AnyPath, name: str, rows: Rows, kinds: str, expected: str) -> None:
     if rows.dtype.kind not in kinds:
         raise InputError(
             f"{str(file)!r}: array {name!r} has dtype {rows.dtype}, expected {expected}"

@@ -35,10 +35,10 @@ class BatchSize:
         """Returns half of a number that was too large for memory, and remembers it.
 
         Raises:
-            Exception: The error, where there is nothing left to halve.
+            MemoryError: There is nothing left to halve.
         """
         if size == 1:
-            raise error
+            raise MemoryError("not even one example at a time has room") from error
         self._limit = size // 2
         _LOGGER.warning(
             "out of memory with %d examples at a time: going on with %d", size, size // 2

@@ -8,14 +8,13 @@ import keras
 import numpy as np
 
 from tracin_transforms.core.checkpoints import CheckpointSeries
-from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.errors import ExampleError, InputError
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, check_finite
 from tracin_transforms.core.losses import LOSSES, QUERY_LOSSES
 from tracin_transforms.core.protocols import ExampleBatch
 from tracin_transforms.core.targets import (
     INDICES,
     VALUES,
-    RowError,
     readable_targets,
     target_rows,
     weights_of_classes,
@@ -114,8 +113,9 @@ class LoadedKerasExtractor:
         """Returns the gradient factors of a batch at all checkpoints, in inference mode.
 
         Raises:
-            InputError: The inputs do not fit the model, a label does not fit its outputs, a number
-                is not finite, or the factors differ from automatic differentiation.
+            ExampleError: Labels that do not fit the model's outputs, or numbers not finite.
+            InputError: The inputs do not fit the model, or the factors differ from automatic
+                differentiation.
         """
         _check_inputs_finite(batch)
         shapes = [function.output_shape(batch.inputs) for function in self._functions]
@@ -138,10 +138,10 @@ class LoadedKerasExtractor:
         block = check_finite(
             FactorBlock(
                 shard=batch.shard,
-                start=batch.start,
+                indices=batch.indices,
                 example_ids=batch.example_ids,
                 labels=readable_targets(kind, targets.rows),
-                predictions=found[-1].predictions,
+                predictions=np.stack([f.predictions for f in found], axis=1),
                 losses=np.stack([f.losses for f in found], axis=1).astype(np.float32),
                 gradients=tuple(
                     GradientFactors(loaded.checkpoint.id, f.layers)
@@ -200,11 +200,8 @@ class LoadedKerasExtractor:
     def _targets(self, batch: ExampleBatch, kind: str, shape: tuple[int, ...]) -> Targets:
         try:
             rows = target_rows(kind, batch.targets, (len(batch), *shape))
-        except RowError as error:
-            example = str(batch.example_ids[error.row])
-            raise InputError(
-                f"example {example!r} of shard {batch.shard!r}: {error.problem}"
-            ) from error
+        except ExampleError as error:
+            raise _bad_examples(batch, error.problems) from error
         except InputError as error:
             raise InputError(f"shard {batch.shard!r}, loss {self._loss.name!r}: {error}") from error
         weights = weights_of_classes(kind, rows, self._description.series.class_weights)
@@ -239,12 +236,10 @@ def _kind_of_targets(loss: TrainingLoss, targets: np.ndarray, shape: tuple[int, 
 
 def _check_weights(batch: ExampleBatch) -> None:
     weights = np.asarray(batch.sample_weights)
-    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(bad):
-        raise InputError(
-            f"example {str(batch.example_ids[bad[0]])!r} of shard {batch.shard!r} has the weight "
-            f"{weights[bad[0]]}: expected a finite number >= 0"
-        )
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0))).tolist()
+    if bad:
+        what = "has the weight {}: expected a finite number >= 0"
+        raise _bad_examples(batch, [(row, what.format(weights[row])) for row in bad])
 
 
 def _check_inputs_finite(batch: ExampleBatch) -> None:
@@ -254,8 +249,16 @@ def _check_inputs_finite(batch: ExampleBatch) -> None:
             continue
         finite = np.isfinite(array.reshape(len(batch), -1)).all(axis=1)
         if not finite.all():
-            example = str(batch.example_ids[np.flatnonzero(~finite)[0]])
-            raise InputError(
-                f"example {example!r} of shard {batch.shard!r} has a NaN or infinite input: "
-                "expected finite numbers"
-            )
+            what = "has a NaN or infinite input: expected finite numbers"
+            bad = np.flatnonzero(~finite).tolist()
+            raise _bad_examples(batch, [(row, what) for row in bad])
+
+
+def _bad_examples(batch: ExampleBatch, found: Sequence[tuple[int, str]]) -> ExampleError:
+    """Returns the error that names the examples in some rows of a batch, and what is wrong."""
+    return ExampleError(
+        [
+            (row, f"example {str(batch.example_ids[row])!r} of shard {batch.shard!r}: {what}")
+            for row, what in found
+        ]
+    )

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -16,6 +16,8 @@ from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.models.layers import all_layers, check_not_quantised
 from tracin_transforms.models.tf_checkpoints import is_tf_checkpoint, read_tf_checkpoint
+from tracin_transforms.storage.checkpoint_series import fetched_checkpoint
+from tracin_transforms.storage.files import any_path, fetched
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def load_checkpoints(series: CheckpointSeries, loading: ModelLoading) -> list[Lo
         )
     for name in loading.imports:
         _import(name, "--import")
+    series = _fetched(series)
     source = loading.model or series.model
     if source is not None:
         model = _network(source, loading)
@@ -84,6 +87,15 @@ def load_checkpoints(series: CheckpointSeries, loading: ModelLoading) -> list[Lo
     return loaded
 
 
+def _fetched(series: CheckpointSeries) -> CheckpointSeries:
+    """Returns the run with local files for what is in an object store."""
+    return replace(
+        series,
+        checkpoints=tuple(replace(c, path=fetched_checkpoint(c.path)) for c in series.checkpoints),
+        model=series.model and str(fetched(any_path(series.model))),
+    )
+
+
 def _import(name: str, flag: str) -> Any:
     # As `python -m` does, and the console script does not.
     if os.getcwd() not in sys.path:
@@ -99,7 +111,7 @@ def _import(name: str, flag: str) -> Any:
 
 def _network(source: str, loading: ModelLoading) -> keras.Model:
     if source.endswith(".keras"):
-        return _load_keras_file(source, "--model ", loading.allow_unsafe)
+        return _load_keras_file(str(fetched(any_path(source))), "--model ", loading.allow_unsafe)
     module, separator, name = source.partition(":")
     if not separator:
         raise InputError(

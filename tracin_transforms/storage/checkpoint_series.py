@@ -16,7 +16,18 @@ from tracin_transforms.core.checkpoints import (
     series_to_json,
 )
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.storage.files import existing_file, local_path, sha256, written_atomically
+from tracin_transforms.storage.files import (
+    AnyPath,
+    any_path,
+    existing_file,
+    fetched,
+    files_below,
+    local_path,
+    matching_files,
+    sha256,
+    written_atomically,
+)
+from tracin_transforms.storage.remote import RemotePath, is_remote
 
 FILE_NAME = "checkpoints.json"
 _SAVED_MODEL = "saved_model.pb"
@@ -26,16 +37,16 @@ def is_run(path: str) -> bool:
     """Returns whether a path is to be read as the directory of a run, not as checkpoint files."""
     if "," in path or has_magic(path):
         return False
-    return not checkpoint_files(local_path(path))
+    return not checkpoint_files(any_path(path))
 
 
-def read_checkpoint_series(directory: str | Path) -> CheckpointSeries:
+def read_checkpoint_series(directory: str | Path | RemotePath) -> CheckpointSeries:
     """Returns the checkpoints of a run, with absolute paths to files that exist.
 
     Raises:
         InputError: No ``checkpoints.json``, or one that is not valid, or a missing checkpoint.
     """
-    run = local_path(directory)
+    run = any_path(directory)
     file = run / FILE_NAME
     if not file.is_file():
         raise InputError(
@@ -100,25 +111,40 @@ def series_of_files(
 
 def checkpoint_hash(path: str) -> str:
     """Returns the SHA-256 of a checkpoint's file or, where it has several, of their hashes."""
-    files = checkpoint_files(Path(path))
+    files = checkpoint_files(any_path(path))
     if len(files) == 1:
-        return sha256(files[0])
+        return sha256(fetched(files[0]))
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
-def checkpoint_files(path: Path) -> list[Path]:
+def checkpoint_files(path: AnyPath) -> list[Any]:
     """Returns the files of a checkpoint: one, or those of a SavedModel or of a prefix."""
     if path.is_file():
         return [path]
     if (path / _SAVED_MODEL).is_file():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        return [file for file, _ in files_below(path)]
     return sorted(path.parent.glob(f"{path.name}.index")) + sorted(
         path.parent.glob(f"{path.name}.data-*-of-*")
     )
 
 
-def _existing(directory: Path, checkpoint: Checkpoint) -> str:
-    path = local_path(directory / checkpoint.path)
+def fetched_checkpoint(path: str) -> str:
+    """Returns the local path of a checkpoint, or of a copy of a remote one.
+
+    Raises:
+        InputError: It is in an object store and has several files.
+    """
+    files = checkpoint_files(any_path(path))
+    if len(files) > 1 and isinstance(files[0], RemotePath):
+        raise InputError(
+            f"checkpoint {path!r} has {len(files)} files: expected one file, .keras or "
+            ".weights.h5, where checkpoints are in an object store; or copy them to a local disk"
+        )
+    return str(fetched(files[0])) if len(files) == 1 else path
+
+
+def _existing(directory: AnyPath, checkpoint: Checkpoint) -> str:
+    path = any_path(directory / checkpoint.path)
     if not checkpoint_files(path):
         existing_file(path, f"checkpoint {checkpoint.id!r}: file")
     return str(path)
@@ -127,8 +153,13 @@ def _existing(directory: Path, checkpoint: Checkpoint) -> str:
 def _matching(pattern: str) -> list[str]:
     if not has_magic(pattern):
         return [pattern.removesuffix(".index")]
-    files = [path for path in glob(str(local_path(pattern))) if not re.search(r"\.data-\d+-", path)]
-    found = {path.removesuffix(".index") for path in files}
+    paths = (
+        [str(path) for path, _ in matching_files(pattern)]
+        if is_remote(pattern)
+        # Also directories, which SavedModels are.
+        else glob(str(local_path(pattern)))
+    )
+    found = {path.removesuffix(".index") for path in paths if not re.search(r"\.data-\d+-", path)}
     if not found:
         raise InputError(f"--checkpoints {pattern!r}: no such files")
     # epoch-10 after epoch-9.

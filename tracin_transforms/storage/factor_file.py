@@ -1,18 +1,16 @@
 """One `FactorBlock` in one file: how the queries' gradient factors travel to the workers."""
 
-from pathlib import Path
-
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
-from tracin_transforms.storage.files import written_atomically
+from tracin_transforms.storage.files import AnyPath, written_atomically
 
 
-def write_factor_block(path: Path, block: FactorBlock) -> None:
+def write_factor_block(path: AnyPath, block: FactorBlock) -> None:
     """Writes a block as an uncompressed NumPy archive, all arrays in their own dtype."""
     arrays: dict[str, np.ndarray] = {
         "shard": np.array(block.shard),
-        "start": np.array(block.start),
+        "indices": block.indices,
         "example_ids": block.example_ids,
         "labels": block.labels,
         "predictions": block.predictions,
@@ -31,13 +29,13 @@ def write_factor_block(path: Path, block: FactorBlock) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def read_factor_block(path: Path) -> FactorBlock:
+def read_factor_block(path: AnyPath) -> FactorBlock:
     """Returns the block that `write_factor_block` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         names, has_bias, groups = (arrays[name] for name in ("layer_names", "has_bias", "groups"))
         return FactorBlock(
             shard=str(arrays["shard"]),
-            start=int(arrays["start"]),
+            indices=arrays["indices"],
             example_ids=arrays["example_ids"],
             labels=arrays["labels"],
             predictions=arrays["predictions"],

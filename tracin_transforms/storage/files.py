@@ -1,14 +1,44 @@
-"""Files and directories that are either complete or not there."""
+"""Files and directories that are either complete or not there, on disk or in object stores."""
 
 import contextlib
 import hashlib
 import os
+import re
 import shutil
+import socket
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
+from fnmatch import translate
+from glob import glob
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.storage.remote import RemotePath, is_remote, refusals_named
+
+# A file or directory on disk or in an object store. Both kinds have the methods used here.
+AnyPath = Path | RemotePath
+
+_MAGIC = re.compile(r"[*?\[]")
+_TEMPORARY = re.compile(r"\.(?P<host>[^~]*)~(?P<pid>\d+)~[0-9a-f]{32}.*")
+# After a day, a temporary file of another machine is taken to be one of a dead process.
+_FOREIGN_SECONDS = 86_400
+
+
+def any_path(path: str | os.PathLike[str] | RemotePath) -> AnyPath:
+    """Returns a local path, absolute and without ``..``, or that of an object store.
+
+    Raises:
+        InputError: It is empty, or not of the form of a path.
+    """
+    if isinstance(path, RemotePath):
+        return path
+    text = os.fspath(path)
+    return RemotePath(text) if is_remote(text) else local_path(text)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -20,40 +50,156 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if not text:
         raise InputError("the path is empty: expected a file or directory")
-    if "://" in text:
-        raise InputError(f"{text!r}: only local paths are supported so far")
-    return Path(os.path.abspath(Path(text).expanduser()))
+    if is_remote(text):
+        raise InputError(f"{text!r}: expected a local path")
+    return Path(os.path.abspath(Path(text.removeprefix("file://")).expanduser()))
 
 
-def existing_file(path: str | os.PathLike[str], what: str) -> Path:
+def existing_file(path: str | os.PathLike[str] | RemotePath, what: str) -> AnyPath:
     """Returns the absolute path of a file that exists.
 
     Raises:
         InputError: There is no such file; the message begins with `what`.
     """
-    file = local_path(path)
+    file = any_path(path)
     if not file.is_file():
         found = "is a directory" if file.is_dir() else "does not exist"
-        raise InputError(f"{what} {os.fspath(path)!r} {found}: expected a file")
+        raise InputError(f"{what} {str(path)!r} {found}: expected a file")
     return file
 
 
-@contextlib.contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write to, which becomes `path` if the block succeeds.
+def version(path: AnyPath) -> tuple[int, int]:
+    """Returns size in bytes and time of the last change in ns, which tell versions apart."""
+    if isinstance(path, RemotePath):
+        return path.version()
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
-    The temporary file lies in the same directory, so the move is atomic and the last writer wins.
+
+def files_below(directory: AnyPath) -> list[tuple[AnyPath, int]]:
+    """Returns all files below a directory, and their sizes in bytes, by name."""
+    if isinstance(directory, RemotePath):
+        return list(directory.files())
+    files = (path for path in directory.rglob("*") if not path.is_dir())
+    return [(path, path.stat().st_size) for path in sorted(files)]
+
+
+def matching_files(pattern: str) -> list[tuple[AnyPath, int]]:
+    """Returns all files that match a pattern, and their sizes in bytes, by name.
+
+    Args:
+        pattern: With ``*``, ``?`` and ``[...]`` within a part of a path, ``**`` across parts.
+    """
+    if not is_remote(pattern):
+        found = [Path(path) for path in glob(str(local_path(pattern)), recursive=True)]
+        return [(path, path.stat().st_size) for path in sorted(found) if path.is_file()]
+    if not _MAGIC.search(pattern):
+        file = RemotePath(pattern)
+        return [(file, file.version()[0])] if file.is_file() else []
+    parts = re.split(r"(\*\*/|[^/]+)", str(RemotePath(pattern)))
+    expression = "".join(
+        "(?:.*/)?" if part == "**/" else translate(part)[4:-3].replace(".*", "[^/]*")
+        for part in parts
+    )
+    files = fixed_directory(pattern)
+    assert isinstance(files, RemotePath)
+    return [(file, size) for file, size in files.files() if re.fullmatch(expression, str(file))]
+
+
+def fixed_directory(pattern: str) -> AnyPath:
+    """Returns the directory that all files are in that can match a pattern."""
+    before = _MAGIC.split(pattern)[0]
+    return any_path(before.rpartition("/")[0] or ("/" if before.startswith("/") else "."))
+
+
+def temporary_name(suffix: str = "") -> str:
+    """Returns a hidden name, unique, by which `remove_dead` knows whose it is."""
+    return f".{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}{suffix}"
+
+
+def is_temporary(path: AnyPath) -> bool:
+    """Returns whether a file has a name of `temporary_name`."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_dead(directory: AnyPath) -> None:
+    """Removes what dead processes left under temporary names directly in a directory."""
+    if isinstance(directory, RemotePath) or not directory.is_dir():
+        # Object stores have no temporary files: a file appears there when it is complete.
+        return
+    for path in directory.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None:
+            continue
+        # Others may remove it, too, or it may be finished meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if found["host"] == socket.gethostname():
+                is_dead = not psutil.pid_exists(int(found["pid"]))
+            else:
+                is_dead = time.time() - path.stat().st_mtime > _FOREIGN_SECONDS
+            if is_dead:
+                remove_tree(path)
+
+
+def remove_tree(path: AnyPath) -> None:
+    """Removes a directory with all that is in it, or a file."""
+    if isinstance(path, RemotePath):
+        path.rmtree()
+        path.unlink(missing_ok=True)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def written_atomically(path: AnyPath) -> Iterator[Path]:
+    """Gives a temporary local path to write to, which becomes `path` if the block succeeds.
+
+    The last writer wins. In the same file system, the move is atomic; in an object store, a file
+    appears when all of it has arrived.
 
     Raises:
         InputError: The system refuses, for example because the disk is full.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        with _refusals_named(path):
+    name = temporary_name(path.suffix)
+    with contextlib.ExitStack() as stack:
+        if isinstance(path, RemotePath):
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
+        else:
+            temporary = path.with_name(name)
+            stack.callback(temporary.unlink, missing_ok=True)
+        with refusals_named(path, "written"):
             yield temporary
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if isinstance(path, RemotePath):
+                path.upload(temporary)
+            else:
+                os.replace(temporary, path)
+
+
+def written_once(path: AnyPath, text: str) -> bool:
+    """Writes a file unless there is one of that name, and returns whether it did.
+
+    Raises:
+        InputError: The system refuses.
+    """
+    if isinstance(path, RemotePath):
+        # Object stores are not asked for more: of two processes that come at the same moment,
+        # the last one wins.
+        if path.is_file():
+            return False
+        path.write_text(text)
+        return True
+    temporary = path.with_name(temporary_name(path.suffix))
+    with refusals_named(path, "written"):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
 
 
 def move(source: Path, target: Path) -> None:
@@ -62,33 +208,57 @@ def move(source: Path, target: Path) -> None:
     Raises:
         InputError: The system refuses.
     """
-    with _refusals_named(target):
+    with refusals_named(target, "written"):
         os.replace(source, target)
 
 
-@contextlib.contextmanager
-def _refusals_named(path: Path) -> Iterator[None]:
-    """Turns an OSError into an InputError; Beam cannot raise a worker's OSError as what it is."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be written: {error}") from error
-
-
-def mark(path: Path) -> None:
+def mark(path: AnyPath) -> None:
     """Makes an empty file; the same mark twice is one.
 
     Raises:
         InputError: The system refuses.
     """
-    with _refusals_named(path):
-        path.touch()
+    with refusals_named(path, "written"):
+        if isinstance(path, RemotePath):
+            path.write_bytes(b"")
+        else:
+            path.touch()
 
 
-def sha256(path: Path) -> str:
+def sha256(path: AnyPath) -> str:
     """Returns the SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open_stream(path) as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def open_stream(path: AnyPath) -> Any:
+    """Opens a file for reading bytes from the beginning to the end."""
+    return path.stream() if isinstance(path, RemotePath) else path.open("rb")
+
+
+def fetched(path: AnyPath) -> Path:
+    """Returns a local file of the same content: the file itself, or a copy of a remote one.
+
+    Copies are kept in the directory for temporary files, where all processes of this user find
+    them.
+
+    Raises:
+        InputError: The file cannot be read, or its copy not be written.
+    """
+    if not isinstance(path, RemotePath):
+        return path
+    identity = hashlib.sha256(repr((path.uri, path.version())).encode()).hexdigest()[:32]
+    directory = Path(tempfile.gettempdir()) / f"tracin-{os.getuid()}" / identity
+    with refusals_named(directory, "written"):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    copy = directory / path.name
+    if not copy.is_file():
+        with written_atomically(copy) as temporary:
+            path.download(temporary)
+    return copy
 
 
 class StagedDirectory:
@@ -96,13 +266,14 @@ class StagedDirectory:
 
     Args:
         output: Where the complete directory is to be.
+        purpose: Part of the name, to tell it from others for the same output.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: AnyPath, purpose: str = "partial") -> None:
         self.output = output
-        self.path = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
+        self.path: AnyPath = output.with_name(temporary_name(f".{output.name}.{purpose}"))
 
-    def create(self) -> Path:
+    def create(self) -> AnyPath:
         """Makes the empty staging directory and returns it.
 
         Raises:
@@ -114,8 +285,14 @@ class StagedDirectory:
             raise InputError(f"output {str(self.output)!r} cannot be written: {error}") from error
         return self.path
 
-    def publish(self) -> Path | None:
+    def publish(self, last: str) -> AnyPath | None:
         """Moves the directory into place.
+
+        A local directory moves as a whole. In an object store files move one by one, and what was
+        there before is removed.
+
+        Args:
+            last: Name of the file that comes last, whose presence says that all are there.
 
         Returns:
             Where the directory is now that was there before, for the caller to remove; or None.
@@ -123,9 +300,14 @@ class StagedDirectory:
         Raises:
             OSError: It cannot be moved; then both directories are where they were.
         """
+        if isinstance(self.path, RemotePath):
+            assert isinstance(self.output, RemotePath)
+            _publish_remote(self.path, self.output, last)
+            return None
+        assert isinstance(self.output, Path)
         previous = None
         if self.output.exists():
-            previous = self.output.with_name(f".{uuid.uuid4().hex}.old")
+            previous = self.output.with_name(temporary_name(".old"))
             os.rename(self.output, previous)
         try:
             os.rename(self.path, self.output)
@@ -137,8 +319,19 @@ class StagedDirectory:
 
     def discard(self) -> None:
         """Removes the staging directory with all that is in it, if it is still there."""
+        if isinstance(self.path, RemotePath):
+            self.path.rmtree()
+            return
         # Under a name that no thread of an interrupted pipeline knows and could write into.
         doomed = self.path.with_suffix(".gone")
         with contextlib.suppress(OSError):
             os.rename(self.path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _publish_remote(staged: RemotePath, output: RemotePath, last: str) -> None:
+    (output / last).unlink(missing_ok=True)
+    output.rmtree()
+    files = [file for file, _ in staged.files()]
+    for file in sorted(files, key=lambda file: file.name == last):
+        file.rename(output / file.uri.removeprefix(f"{staged.uri}/"))

@@ -2,35 +2,40 @@
 
 import importlib.metadata
 import json
-from pathlib import Path
 from typing import Any
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.storage.files import AnyPath, files_below, is_temporary, written_atomically
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
 _PACKAGES = ("tracin-transforms", "apache-beam", "keras", "numpy", "pyarrow", "tensorflow")
 
 
-def write_manifest(directory: Path, run: dict[str, Any], summary: dict[str, Any]) -> None:
+def write_manifest(
+    directory: AnyPath, run: dict[str, Any], summary: dict[str, Any], **more: Any
+) -> None:
     """Writes the manifest, the last file of a complete result.
 
     Args:
         directory: The result directory.
         run: What determines the result (command, options, hashes of the inputs); JSON values.
         summary: What is worth knowing about the result, such as counts; JSON values.
+        more: Other entries; JSON values.
     """
     document = {
         "format": FORMAT,
         "run": run,
         "summary": summary,
         "files": _files(directory),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
+        **more,
     }
-    (directory / FILE_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with written_atomically(directory / FILE_NAME) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: AnyPath) -> dict[str, Any]:
     """Returns the manifest of a result directory.
 
     Raises:
@@ -51,7 +56,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return document
 
 
-def is_finished(output: Path, run: dict[str, Any], overwrite: bool = False) -> bool:
+def is_finished(output: AnyPath, run: dict[str, Any], overwrite: bool = False) -> bool:
     """Returns whether the output directory already holds the result of exactly this run.
 
     Args:
@@ -85,12 +90,12 @@ def is_finished(output: Path, run: dict[str, Any], overwrite: bool = False) -> b
         _check_replaceable(output, manifest)
         return False
     # As read back from JSON, where tuples have become lists.
-    differences = _differences(manifest["run"], json.loads(json.dumps(run)))
-    if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    found = differences(manifest["run"], json.loads(json.dumps(run)))
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise InputError(
             f"output {str(output)!r} holds the result of another run: "
-            f"{'; '.join(differences[:3])}{more}. "
+            f"{'; '.join(found[:3])}{more}. "
             "Choose another directory, or replace it with --overwrite"
         )
     missing = sorted(set(manifest["files"]) - set(_files(output)))
@@ -102,13 +107,16 @@ def is_finished(output: Path, run: dict[str, Any], overwrite: bool = False) -> b
     return True
 
 
-def _files(directory: Path) -> list[str]:
-    """Returns the paths of all files in a directory, relative to it, in order."""
-    paths = (path for path in directory.rglob("*") if not path.is_dir())
-    return sorted(path.relative_to(directory).as_posix() for path in paths)
+def _files(directory: AnyPath) -> list[str]:
+    """Returns the paths of all files in a directory, relative to it, in order.
+
+    Temporary files, which other runs may have there, are left out.
+    """
+    files = (path for path, _ in files_below(directory) if not is_temporary(path))
+    return sorted(str(path).removeprefix(f"{directory}/") for path in files)
 
 
-def _check_replaceable(output: Path, manifest: dict[str, Any]) -> None:
+def _check_replaceable(output: AnyPath, manifest: dict[str, Any]) -> None:
     """Raises InputError if the directory holds more than the result."""
     foreign = sorted(set(_files(output)) - {*manifest["files"], FILE_NAME})
     if foreign:
@@ -118,8 +126,14 @@ def _check_replaceable(output: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _differences(known: Any, wanted: Any, name: str = "") -> list[str]:
-    """Returns what differs, as "checkpoints[1].weight is 0.1 there and 0.2 here"."""
+def differences(known: Any, wanted: Any, name: str = "") -> list[str]:
+    """Returns what differs, as "checkpoints[1].weight is 0.1 there and 0.2 here".
+
+    Args:
+        known: JSON values.
+        wanted: Others.
+        name: What they are, for the description.
+    """
     if isinstance(known, dict) and isinstance(wanted, dict):
         keys = sorted(known.keys() | wanted.keys())
         parts = [(f"{name}.{key}".lstrip("."), known.get(key), wanted.get(key)) for key in keys]
@@ -128,7 +142,12 @@ def _differences(known: Any, wanted: Any, name: str = "") -> list[str]:
     else:
         same = known == wanted
         return [] if same else [f"{name} is {_short(known)} there and {_short(wanted)} here"]
-    return [found for part, a, b in parts for found in _differences(a, b, part)]
+    return [found for part, a, b in parts for found in differences(a, b, part)]
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions of the packages that a result depends on."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,6 @@
 """Results in Parquet: self-influence rankings, and proponents and opponents of queries."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,40 +10,49 @@ import pyarrow.parquet as pq
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.example_ids import check_unique
 from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.protocols import BadExample
 from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
-from tracin_transforms.storage.files import written_atomically
+from tracin_transforms.storage.files import AnyPath, written_atomically
+from tracin_transforms.storage.sidecar import Rows
 
 _ROWS_PER_FILE = 1_000_000
 
 
-def write_scores(directory: Path, block: FactorBlock, parts: np.ndarray) -> Path:
-    """Writes the self-influence of a block's rows, unranked, to the block's own file.
-
-    The name follows from shard and start, so work that is repeated overwrites its own file.
+def write_scores(
+    directory: AnyPath,
+    name: str,
+    rows: FactorBlock | Rows,
+    parts: np.ndarray,
+    layer_names: Sequence[str],
+) -> AnyPath:
+    """Writes the self-influence of some examples, unranked, to a file of their own.
 
     Args:
-        directory: Where the scores of all blocks are gathered.
-        block: The scored examples.
-        parts: What `core.influence.self_influence` returned, shape [n, K, L].
+        directory: Where the scores of all examples are gathered.
+        name: Of these examples, always the same, so that work that is repeated overwrites its
+            own file.
+        rows: The examples.
+        parts: As `core.influence.self_influence` returns them, shape [n, K, L].
+        layer_names: Of the L layers.
 
     Returns:
         The file.
     """
     columns = {
-        "example_id": pa.array(block.example_ids.tolist(), pa.string()),
-        "label": _column(block.labels),
-        "prediction": _column(block.predictions),
-        "loss": _column(block.losses[:, -1]),
+        "example_id": pa.array(rows.example_ids.tolist(), pa.string()),
+        "label": _column(rows.labels),
+        "prediction": _column(rows.predictions[:, -1]),
+        "loss": _column(rows.losses[:, -1]),
         "self_influence": _column(parts.sum(axis=(1, 2))),
-        **_part_columns(parts, block.layer_names),
+        **_part_columns(parts, layer_names),
     }
-    path = directory / f"scores-{block.shard}-{block.start:012d}.parquet"
+    path = directory / f"scores-{name}.parquet"
     with written_atomically(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
     return path
 
 
-def write_self_influence(scores: Path, output: Path, expected: int) -> pa.Table:
+def write_self_influence(scores: AnyPath, output: AnyPath, expected: int) -> pa.Table:
     """Ranks the scores of all blocks and writes ``self_influence-*.parquet``.
 
     Args:
@@ -59,8 +67,8 @@ def write_self_influence(scores: Path, output: Path, expected: int) -> pa.Table:
         InputError: An example id occurs twice.
         RuntimeError: Examples are missing.
     """
-    files = sorted(scores.glob("scores-*.parquet"))
-    table = pa.concat_tables([pq.read_table(file) for file in files])
+    files: list[AnyPath] = sorted(scores.glob("scores-*.parquet"))
+    table = pa.concat_tables([_read(file) for file in files])
     if len(table) != expected:
         raise RuntimeError(f"{len(table)} of {expected} examples were scored")
     if pc.count_distinct(table["example_id"]).as_py() < expected:
@@ -71,7 +79,7 @@ def write_self_influence(scores: Path, output: Path, expected: int) -> pa.Table:
     return ranking
 
 
-def write_influence(output: Path, top: TopInfluences, queries: FactorBlock) -> pa.Table:
+def write_influence(output: AnyPath, top: TopInfluences, queries: FactorBlock) -> pa.Table:
     """Writes ``influence-*.parquet`` and returns its rows.
 
     Rows are sorted by query (in the queries' order), direction (proponents first) and rank.
@@ -88,16 +96,36 @@ def write_influence(output: Path, top: TopInfluences, queries: FactorBlock) -> p
     return table
 
 
-def read_result(directory: Path, name: str) -> pa.Table:
+def write_skipped(output: AnyPath, bad: Sequence[BadExample]) -> None:
+    """Writes ``skipped-*.parquet``, the examples that could not be used; if there are any."""
+    if not bad:
+        return
+    table = pa.table(
+        {
+            "example_id": pa.array([example.example_id for example in bad], pa.string()),
+            "shard": pa.array([example.shard for example in bad], pa.string()),
+            "index": pa.array([example.index for example in bad], pa.int64()),
+            "error": pa.array([example.error for example in bad], pa.string()),
+        }
+    )
+    _write_parts(table, output, "skipped")
+
+
+def read_result(directory: AnyPath, name: str) -> pa.Table:
     """Returns the rows of a result, ``self_influence`` or ``influence``, in their order.
 
     Raises:
         InputError: There are no such files.
     """
-    files = sorted(directory.glob(f"{name}-*.parquet"))
+    files: list[AnyPath] = sorted(directory.glob(f"{name}-*.parquet"))
     if not files:
         raise InputError(f"{str(directory)!r} has no {name}-*.parquet")
-    return pa.concat_tables([pq.read_table(file) for file in files])
+    return pa.concat_tables([_read(file) for file in files])
+
+
+def _read(file: AnyPath) -> pa.Table:
+    with file.open("rb") as opened:
+        return pq.read_table(opened)
 
 
 def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) -> pa.Table:
@@ -107,7 +135,7 @@ def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) 
         {
             "query_id": pa.array(queries.example_ids[at].tolist(), pa.string()),
             "query_label": _column(queries.labels[at]),
-            "query_prediction": _column(queries.predictions[at]),
+            "query_prediction": _column(queries.predictions[at, -1]),
             "direction": pa.array([direction] * len(rows), pa.string()),
             "rank": _column(ranks.astype(np.int32)),
             "example_id": pa.array(rows.example_ids.tolist(), pa.string()),
@@ -137,7 +165,7 @@ def _column(values: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
 
 
-def _write_parts(table: pa.Table, output: Path, name: str) -> None:
+def _write_parts(table: pa.Table, output: AnyPath, name: str) -> None:
     parts = max(1, -(-len(table) // _ROWS_PER_FILE))
     for part in range(parts):
         rows = table.slice(part * _ROWS_PER_FILE, _ROWS_PER_FILE)

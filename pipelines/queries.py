@@ -1,0 +1,113 @@
+"""The query examples of a job: computed by the models, or read from a store."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.inputs import keras_extractor, query_factors, query_series, sources
+from pipelines.training import Training, query_options
+from tracin_transforms.core.checkpoints import CheckpointSeries
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
+from tracin_transforms.core.protocols import ExampleSource, fingerprint
+from tracin_transforms.storage.factor_store import FactorStore
+
+_STORE = "store:"
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedQueries:
+    """Query examples whose gradient factors the job computes, in float64 where models can.
+
+    Attributes:
+        options: By which the models are loaded.
+        series: The checkpoints, with the loss that the queries are asked about.
+        source: The examples.
+    """
+
+    options: argparse.Namespace
+    series: CheckpointSeries
+    source: ExampleSource
+
+    def described(self) -> dict[str, Any]:
+        """Returns what determines the queries, for a manifest."""
+        loss = [self.series.loss, self.series.from_logits, dict(self.series.loss_options)]
+        return {"queries": fingerprint(self.source, self.source.shards()), "query_loss": loss}
+
+    def factors(self) -> FactorBlock:
+        """Returns the gradient factors of all queries, in their order."""
+        extractor = keras_extractor(self.series, self.options, float64=True)
+        return query_factors(self.source, extractor.load())
+
+
+@dataclass(frozen=True, eq=False)
+class StoredQueries:
+    """Query examples whose gradient factors are in a store.
+
+    Attributes:
+        store: The store.
+        checkpoint_ids: The checkpoints of the job, in order.
+    """
+
+    store: FactorStore
+    checkpoint_ids: tuple[str, ...]
+
+    def described(self) -> dict[str, Any]:
+        """Returns what determines the queries, for a manifest."""
+        document = self.store.description.to_json()
+        return {"queries": {key: document[key] for key in ("factors", "checkpoints", "shards")}}
+
+    def factors(self) -> FactorBlock:
+        """Returns the gradient factors of all queries, in the order of their source."""
+        blocks = []
+        for shard in self.store.description.shards:
+            block = concatenate_blocks(
+                list(self.store.shard(shard.name).blocks(self.checkpoint_ids))
+            )
+            blocks.append(block.rows(np.argsort(block.indices)))
+        return concatenate_blocks(blocks)
+
+
+def open_queries(
+    options: argparse.Namespace, training: Training
+) -> ComputedQueries | StoredQueries:
+    """Reads and validates what the options say of queries.
+
+    Raises:
+        InputError: They cannot be read, or do not fit the training examples.
+    """
+    if options.queries.startswith(_STORE):
+        return _stored(options, training)
+    source = sources(options)(options.queries)
+    source.shards()
+    loading = query_options(training, options)
+    return ComputedQueries(loading, query_series(training.series, options.query_loss), source)
+
+
+def _stored(options: argparse.Namespace, training: Training) -> StoredQueries:
+    store = FactorStore.open(options.queries.removeprefix(_STORE))
+    if options.query_loss is not None:
+        raise InputError(
+            f"--query-loss {options.query_loss!r}: the queries' gradient factors are in a store "
+            "already; leave it out, or name the query examples themselves"
+        )
+    wanted = training.described()
+    names = tuple(checkpoint["id"] for checkpoint in wanted["checkpoints"])
+    store.check_complete(names)
+    hashes = {c["id"]: c["sha256"] for c in store.description.checkpoints}
+    for checkpoint in wanted["checkpoints"]:
+        if hashes[checkpoint["id"]] != checkpoint["sha256"]:
+            raise InputError(
+                f"--queries {options.queries!r}: its checkpoint {checkpoint['id']!r} is another "
+                "one than that of the training examples: expected the same file"
+            )
+    for key in ("model", "output", "layers", "loss", "from_logits", "loss_options"):
+        known, here = wanted[key], store.description.factors[key]
+        if known != here:
+            raise InputError(
+                f"--queries {options.queries!r}: {key} is {here!r}, that of the training examples "
+                f"{known!r}: expected the same"
+            )
+    return StoredQueries(store, names)

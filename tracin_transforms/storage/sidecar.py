@@ -1,0 +1,225 @@
+"""What is known of a shard's examples without their gradient factors, in one small Parquet file.
+
+The sidecar is written after the shard's factor file and describes it: where it is, the shard is
+complete.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.protocols import BadExample, Shard
+from tracin_transforms.storage.files import AnyPath, written_atomically
+from tracin_transforms.storage.remote import refusals_named
+from tracin_transforms.storage.row_layout import RowLayout
+
+_KEY = b"tracin"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FactorFile:
+    """A file of gradient factors.
+
+    Attributes:
+        size: In bytes.
+        sha256: Of its content, in hexadecimal.
+        block_rows: Rows of each record batch but the last.
+        batches: Place and size of each record batch's message in the file, in bytes.
+    """
+
+    size: int
+    sha256: str
+    block_rows: int
+    batches: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some of a shard's examples, in the order of its factor file.
+
+    Attributes:
+        indices: As in `FactorBlock`, shape [n], int64.
+        example_ids: Shape [n], unicode.
+        labels: As in `FactorBlock`.
+        predictions: As in `FactorBlock`, of all K checkpoints.
+        losses: Shape [n, K], float32, in nats.
+        gradient_norms: ‖∇ℓ(w_k, z)‖ of each layer, shape [n, K, L], float32.
+    """
+
+    indices: np.ndarray
+    example_ids: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    losses: np.ndarray
+    gradient_norms: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, selection: np.ndarray | slice) -> "Rows":
+        """Returns the selected rows."""
+        return Rows(
+            self.indices[selection],
+            self.example_ids[selection],
+            self.labels[selection],
+            self.predictions[selection],
+            self.losses[selection],
+            self.gradient_norms[selection],
+        )
+
+    def of_checkpoints(self, places: list[int]) -> "Rows":
+        """Returns the rows with what is known at some checkpoints only, by their places."""
+        return Rows(
+            self.indices,
+            self.example_ids,
+            self.labels,
+            self.predictions[:, places],
+            self.losses[:, places],
+            self.gradient_norms[:, places],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Sidecar:
+    """A complete shard of a factor store.
+
+    Attributes:
+        shard: Which.
+        layout: Of its factors.
+        file: Its factors.
+        bad: Its examples that could not be used.
+        rows: Its other examples; None where only the description was read.
+    """
+
+    shard: Shard
+    layout: RowLayout
+    file: FactorFile
+    bad: tuple[BadExample, ...]
+    rows: Rows | None = None
+    count: int = 0
+
+
+def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -> None:
+    """Writes a sidecar.
+
+    Args:
+        path: Where to.
+        sidecar: With its rows.
+        self_influence: Of each row, shape [n]: what they are sorted by.
+    """
+    rows = sidecar.rows
+    assert rows is not None
+    n, k, layers = rows.gradient_norms.shape
+    norms = rows.gradient_norms.astype(np.float64)
+    columns = {
+        "example_id": pa.array(rows.example_ids.tolist(), pa.string()),
+        "index": pa.array(rows.indices),
+        "label": _lists(rows.labels),
+        "predictions": _lists(rows.predictions),
+        "losses": _lists(rows.losses),
+        "self_influence": pa.array(self_influence.astype(np.float32)),
+        "gradient_norms": _lists(np.sqrt((norms**2).sum(axis=2)).astype(np.float32)),
+    }
+    if layers > 1:
+        columns["gradient_norms_per_layer"] = _lists(rows.gradient_norms.reshape(n, k * layers))
+    description = {
+        "format": FORMAT,
+        "shard": asdict(sidecar.shard) | {"path": ""},
+        "layout": sidecar.layout.to_json(),
+        "file": asdict(sidecar.file),
+        "bad": [asdict(bad) for bad in sidecar.bad],
+        "prediction_shape": rows.predictions.shape[1:],
+        "label_shape": rows.labels.shape[1:],
+    }
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(description)})
+    floats = ["losses", "self_influence", "gradient_norms", "gradient_norms_per_layer"]
+    leaves = [
+        name if name == "self_influence" else f"{name}.list.element"
+        for name in floats
+        if name in columns
+    ]
+    with written_atomically(path) as temporary:
+        pq.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            # Floating-point numbers hardly repeat, their upper bytes do.
+            use_dictionary=["label", "predictions.list.element"],
+            use_byte_stream_split=leaves,
+        )
+
+
+def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
+    """Returns the sidecar in a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        InputError: The file is not a sidecar, or damaged.
+    """
+    with refusals_named(path, "read"), path.open("rb") as opened:
+        try:
+            file = pq.ParquetFile(opened)
+            description = json.loads((file.schema_arrow.metadata or {})[_KEY])
+            if description["format"] != FORMAT:
+                raise InputError(
+                    f"{str(path)!r} has format {description['format']}, expected {FORMAT}: it was "
+                    "written by another version"
+                )
+            table = file.read() if with_rows else None
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{str(path)!r} cannot be read as the sidecar of a shard ({error}): remove it and "
+                "run the same 'tracin extract' again"
+            ) from error
+        count = file.metadata.num_rows
+    layout = RowLayout.from_json(description["layout"])
+    batches = tuple((start, size) for start, size in description["file"]["batches"])
+    return Sidecar(
+        shard=Shard(**description["shard"]),
+        layout=layout,
+        file=FactorFile(**(description["file"] | {"batches": batches})),
+        bad=tuple(BadExample(**bad) for bad in description["bad"]),
+        rows=None if table is None else _rows(table, layout, description),
+        count=count,
+    )
+
+
+def _rows(table: pa.Table, layout: RowLayout, description: dict[str, Any]) -> Rows:
+    n, k = len(table), len(layout.checkpoint_ids)
+    # Of several layers, each has its own norm.
+    per_layer = "gradient_norms_per_layer"
+    norms = per_layer if per_layer in table.column_names else "gradient_norms"
+    return Rows(
+        indices=table["index"].to_numpy(),
+        example_ids=np.array(table["example_id"].to_pylist(), dtype=str),
+        labels=_numbers(table["label"], (n, *description["label_shape"])),
+        predictions=_numbers(table["predictions"], (n, *description["prediction_shape"])),
+        losses=_numbers(table["losses"], (n, k)),
+        gradient_norms=_numbers(table[norms], (n, k, -1)) if n else np.empty((0, k, 1), np.float32),
+    )
+
+
+def _numbers(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    while pa.types.is_list(array.type):
+        array = array.flatten()
+    return np.asarray(array).reshape(shape)
+
+
+def _lists(values: np.ndarray) -> pa.Array:
+    """Returns numbers [n] as they are, and rows of numbers [n, ...] as lists."""
+    if values.ndim == 1:
+        return pa.array(values)
+    width = int(np.prod(values.shape[1:], dtype=int))
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from pipelines.about import about
 from pipelines.options import COMMANDS, INTERRUPTS, parse
 from tracin_transforms.core.errors import AbandonedError, InputError
 
@@ -20,7 +21,8 @@ Finds the training examples behind a Keras model's predictions (TracIn), as Beam
 commands:
 {commands}
 
-tracin COMMAND --help lists a command's options.
+tracin COMMAND --help lists a command's options. tracin --version --verbose says what a report
+of a defect needs.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("--version", "-V"):
+        print(about(verbose="--verbose" in arguments))
+        return 0
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage(), end="")
         return 0 if arguments else 2
@@ -44,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _on_interrupt(_interrupt)
     try:
         options, beam_args = parse(command, rest)
-        print(importlib.import_module(COMMANDS[command].module).run(options, beam_args))
+        is_plan = getattr(options, "dry_run", False)
+        module = COMMANDS["plan" if is_plan else command].module
+        print(importlib.import_module(module).run(options, beam_args))
     except SystemExit as end:
         return int(end.code or 0)
     except KeyboardInterrupt:

@@ -7,18 +7,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 
 from pipelines.execution import Progress, run_pipeline
-from pipelines.inputs import (
-    BLOCK_ROWS,
-    describe_gradients,
-    keras_extractor,
-    open_series,
-    weighted_series,
-)
-from pipelines.outputs import skipped_line, work_directory
-from pipelines.training import FromExamples, known_count, open_examples
+from pipelines.inputs import BLOCK_ROWS, describe_gradients, keras_extractor
+from pipelines.outputs import metrics_line, skipped_line, work_directory
+from pipelines.training import FromExamples, known_count, open_training
 from tracin_transforms.beam.extract import Extraction, SharedExtractor
 from tracin_transforms.beam.store import WriteFactors
 from tracin_transforms.core.errors import InputError
@@ -35,10 +28,8 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     Raises:
         InputError: An input or the store cannot be used.
     """
-    series = open_series(options)
-    if options.checkpoint_weights is not None:
-        series, _ = weighted_series(series, options.checkpoint_weights)
-    training = open_examples(options, series, np.ones(len(series.checkpoints)))
+    training = open_training(options)
+    assert isinstance(training, FromExamples)
     wanted = _described(training, options)
     directory = any_path(options.output).resolve()
     if options.overwrite:
@@ -48,13 +39,13 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     groups = _groups(store, stored)
     if not groups and store.is_finished():
         return f"Already done: {store.directory} holds these gradient factors."
-    seconds = 0.0
-    for checkpoint_ids, shards in groups.items():
-        seconds += _fill(training, store, checkpoint_ids, shards, options, beam_args)
+    metrics = [
+        _fill(training, store, checkpoint_ids, shards, options, beam_args)
+        for checkpoint_ids, shards in groups.items()
+    ]
     training.check_unchanged()
     computed = {shard.name for shards in groups.values() for shard in shards}
-    summary = store.finish()
-    return _summary(store, summary, seconds, len(computed))
+    return _summary(store, store.finish(), metrics, len(computed))
 
 
 def _described(training: FromExamples, options: argparse.Namespace) -> StoreDescription:
@@ -95,8 +86,8 @@ def _fill(
     shards: Sequence[Shard],
     options: argparse.Namespace,
     beam_args: Sequence[str],
-) -> float:
-    """Computes some shards at some checkpoints, and returns how many seconds it took."""
+) -> str:
+    """Computes some shards at some checkpoints, and returns how it went."""
     at_hand = {checkpoint.id: checkpoint for checkpoint in training.series.checkpoints}
     for checkpoint_id in checkpoint_ids:
         if checkpoint_id not in at_hand:
@@ -125,19 +116,24 @@ def _fill(
         progress = Progress(
             notes, None if total is None else done + total, done, options.shard_timeout
         )
-        return run_pipeline(build, beam_args, progress)
+        seconds = run_pipeline(build, beam_args, progress)
+        size = sum(shard.size for shard in shards)
+        skipped = len(notes.all_bad())
+        return metrics_line(notes.examples(), size, seconds, skipped, notes.repeated())
 
 
-def _summary(store: FactorStore, summary: dict[str, Any], seconds: float, computed: int) -> str:
+def _summary(
+    store: FactorStore, summary: dict[str, Any], metrics: Sequence[str], computed: int
+) -> str:
     description = store.description
     shards, examples = len(description.shards), summary["examples"]
     kept = f", {shards - computed} of them from before" if computed < shards else ""
-    rate = f" ({examples / seconds:,.0f} examples a second)" if computed == shards else ""
     return "\n".join(
         [
             f"Gradient factors of {examples:,} training examples at "
             f"{len(description.checkpoint_ids)} checkpoints, {summary['bytes'] / 1e6:,.1f} MB in "
-            f"{shards} shards{kept}{rate}.",
+            f"{shards} shards{kept}.",
+            *metrics,
             *skipped_line(summary["skipped"], store.directory),
             f"Store: {store.directory}",
             f"Next: tracin influence --store {store.directory} --queries SPEC --output DIR",

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.execution import Progress, run_pipeline
-from pipelines.outputs import open_output, shown, skipped_line, staged_output
+from pipelines.outputs import metrics_line, open_output, shown, skipped_line, staged_output
 from pipelines.queries import open_queries
 from pipelines.training import open_training
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
@@ -58,8 +58,9 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
                 "seconds": seconds,
             },
         )
-    text = _summary(rows, options.k, len(queries), fewer, count / seconds)
-    return "\n".join([text, *skipped_line(len(bad), output.path), *_ending(output.path)])
+        metrics = metrics_line(count, ready.size, seconds, len(bad), staging.notes.repeated())
+    text = _summary(rows, options.k, len(queries), fewer)
+    return "\n".join([text, *skipped_line(len(bad), output.path), metrics, *_ending(output.path)])
 
 
 def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
@@ -73,11 +74,8 @@ def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
     }
 
 
-def _summary(rows: pa.Table, k: int, queries: int, fewer: dict[str, int], rate: float) -> str:
-    lines = [
-        f"The {k} strongest proponents and opponents of each of {queries:,} queries "
-        f"({rate:,.0f} training examples a second):"
-    ]
+def _summary(rows: pa.Table, k: int, queries: int, fewer: dict[str, int]) -> str:
+    lines = [f"The {k} strongest proponents and opponents of each of {queries:,} queries:"]
     for row in rows.filter(pc.equal(rows["rank"], 1)).slice(0, 10).to_pylist():
         lines.append(
             f"  query {shown(row['query_id'])} (label {shown(row['query_label'])}, predicted "

@@ -1,7 +1,6 @@
 """What a job starts from: checkpoints, their weights, models, queries."""
 
 import argparse
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace

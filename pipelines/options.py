@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _job_options(parser: argparse.ArgumentParser) -> None:
+def _job_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the options of a job over training examples, or over a store of their factors."""
     _add_inputs(parser, required=False)
     parser.add_argument(
@@ -59,7 +59,7 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
         "--examples; with --checkpoints, where the run has been moved to",
     )
     parser.add_argument(
-        "--output", metavar="DIR", required=True, help="directory for the result; made anew"
+        "--output", metavar="DIR", required=required, help="directory for the result; made anew"
     )
     _add_overwrite(parser)
     _add_weights(parser)
@@ -68,6 +68,7 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _extract_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(store=None)
     _add_inputs(parser, required=True)
     parser.add_argument(
         "--output",
@@ -76,12 +77,7 @@ def _extract_options(parser: argparse.ArgumentParser) -> None:
         help="directory of the store; one that is there is filled up, with checkpoints and shards "
         "that it lacks",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float16", "float32"),
-        default="float16",
-        help="how to store: float16 with a scale for each row, or float32 (default: %(default)s)",
-    )
+    _add_dtype(parser)
     parser.add_argument(
         "--checkpoint-weights",
         metavar="FILE",
@@ -91,6 +87,15 @@ def _extract_options(parser: argparse.ArgumentParser) -> None:
     _add_overwrite(parser)
     _add_extraction_options(parser)
     _add_reading_options(parser)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="how to store: float16 with a scale for each row, or float32 (default: %(default)s)",
+    )
 
 
 def _add_inputs(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -121,6 +126,22 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
         type=_positive_int,
         help="end the job, naming the shard, when one takes longer than this",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="measure a sample, say what the job will take, and end; see 'tracin plan'",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_positive_int, help="plan for this number of workers, too"
+    )
+    parser.add_argument(
+        "--worker-kind", metavar="NAME", help="plan for workers of this kind, of --worker-kinds"
+    )
+    parser.add_argument(
+        "--worker-kinds",
+        metavar="FILE",
+        help="JSON table of kinds of workers: cores, speed and, with date and source, price",
+    )
 
 
 def _add_record_functions(parser: argparse.ArgumentParser) -> None:
@@ -136,12 +157,20 @@ def _add_record_functions(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_workers(options: argparse.Namespace) -> str | None:
+    if (options.worker_kind is None) != (options.worker_kinds is None):
+        return "expected both --worker-kind and --worker-kinds, or neither"
+    if options.worker_kind is not None and options.workers is None:
+        return "--worker-kind: expected --workers, too"
+    return None
+
+
 def _check_job(options: argparse.Namespace) -> str | None:
     if options.store is not None:
         taken = [f"--{n}" for n in ("examples", "layers", "precision") if getattr(options, n)]
         return f"{taken[0]} is not for --store, which has its own" if taken else None
     missing = [f"--{n}" for n in ("checkpoints", "examples") if getattr(options, n) is None]
-    return f"expected {missing[0]}, or --store" if missing else None
+    return f"expected {missing[0]}, or --store" if missing else _check_workers(options)
 
 
 def _checkpoints_options(parser: argparse.ArgumentParser) -> None:
@@ -258,12 +287,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _influence_options(parser: argparse.ArgumentParser) -> None:
-    _job_options(parser)
+def _influence_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    _job_options(parser, required)
     parser.add_argument(
         "--queries",
         metavar="SPEC",
-        required=True,
+        required=required,
         help="query examples, given as for --examples; or store:STORE, their gradient factors",
     )
     parser.add_argument(
@@ -278,6 +307,16 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
         default=20,
         help="proponents, and opponents, of each query (default: %(default)s)",
     )
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _influence_options(parser, required=False)
+    _add_dtype(parser)
+
+
+def _store_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("info", "verify"), help="what to do")
+    parser.add_argument("directory", metavar="STORE", help="directory of the store")
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
@@ -346,6 +385,25 @@ COMMANDS = {
         "them in DIR, for self-influence and influence with --store. Run again after a crash, it\n"
         "does what is missing.",
         _extract_options,
+        check=_check_workers,
+    ),
+    "plan": Command(
+        "pipelines.plan",
+        "say what a job will take, before it runs: time, bytes, memory",
+        "Measures a sample for up to a minute, and says what 'tracin extract' will take with\n"
+        "these options, or with --queries 'tracin influence': examples, bytes, hours here and on\n"
+        "--workers, disk and memory, and a warning where it does not fit.",
+        _plan_options,
+        uses_beam=False,
+        check=_check_job,
+    ),
+    "store": Command(
+        "pipelines.store",
+        "say what a factor store holds, or verify that it is whole",
+        "info lists checkpoints, layers, counts and sizes. verify reads everything and compares\n"
+        "checksums and counts, finite numbers and unique example ids.",
+        _store_options,
+        uses_beam=False,
     ),
     "self-influence": Command(
         "pipelines.self_influence",

@@ -64,6 +64,22 @@ def shown(value: str | int | float | list[float]) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def metrics_line(examples: int, size: int, seconds: float, skipped: int, repeated: int) -> str:
+    """Returns what a summary says of how the job went.
+
+    Args:
+        examples: That were used.
+        size: Bytes of the shards that were read.
+        seconds: That the pipeline took.
+        skipped: Examples that could not be used.
+        repeated: How often a shard was begun again.
+    """
+    return (
+        f"{seconds:,.1f} s: {examples / seconds:,.0f} examples and {size / seconds / 1e6:,.1f} MB "
+        f"a second; {skipped:,} skipped, {repeated:,} shards begun again."
+    )
+
+
 def skipped_line(skipped: int, output: AnyPath) -> list[str]:
     """Returns what a summary says of examples that could not be used, if there are any."""
     if not skipped:

@@ -8,7 +8,7 @@ from typing import Any
 import apache_beam as beam
 
 from pipelines.execution import Progress, run_pipeline
-from pipelines.outputs import open_output, shown, skipped_line, staged_output
+from pipelines.outputs import metrics_line, open_output, shown, skipped_line, staged_output
 from pipelines.training import FromStore, open_training
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence, ScoreStored
 from tracin_transforms.storage.files import AnyPath
@@ -46,15 +46,17 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         write_skipped(staging.result, bad)
         summary = {"examples": count, "skipped": len(bad), "seconds": seconds}
         write_manifest(staging.result, described, summary)
-    return _summary(ranking.slice(0, 10).to_pylist(), count, len(bad), seconds, output.path)
+        size = 0 if isinstance(ready, FromStore) else ready.size
+        metrics = metrics_line(count, size, seconds, len(bad), staging.notes.repeated())
+    top = ranking.slice(0, 10).to_pylist()
+    return _summary(top, [*skipped_line(len(bad), output.path), metrics], count, output.path)
 
 
 def _summary(
-    top: list[dict[str, Any]], count: int, skipped: int, seconds: float, output: AnyPath
+    top: list[dict[str, Any]], how_it_went: Sequence[str], count: int, output: AnyPath
 ) -> str:
     lines = [
-        f"Self-influence of {count:,} training examples ({count / seconds:,.0f} a second), "
-        "highest first:",
+        f"Self-influence of {count:,} training examples, highest first:",
         f"  {'rank':>4}  {'self-influence':>14}  {'label':>5}  {'predicted':>9}  example",
     ]
     for row in top:
@@ -65,7 +67,7 @@ def _summary(
     return "\n".join(
         [
             *lines,
-            *skipped_line(skipped, output),
+            *how_it_went,
             f"All of them, in this order: {output}/self_influence-*.parquet",
             "Next: look at the first ones; wrong labels and odd examples gather there.",
         ]

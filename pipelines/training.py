@@ -56,6 +56,11 @@ class FromExamples:
         """Number of training examples, None where only reading them would tell."""
         return known_count(self.shards)
 
+    @property
+    def size(self) -> int:
+        """Bytes to read, about."""
+        return sum(shard.size for shard in self.shards)
+
     def described(self, **more: Any) -> dict[str, Any]:
         """Returns what determines a result, for its manifest."""
         return describe_run(
@@ -108,6 +113,7 @@ class FromStore:
         series: Its checkpoints that are wanted.
         weights: Weight of each, shape [K].
         count: Number of examples.
+        size: Bytes of their factors.
         bad: Examples that could not be used when the store was written.
     """
 
@@ -116,6 +122,7 @@ class FromStore:
     series: CheckpointSeries
     weights: np.ndarray
     count: int
+    size: int
     bad: tuple[BadExample, ...]
 
     @property
@@ -170,7 +177,9 @@ def open_training(options: argparse.Namespace) -> Training:
     """
     if options.store is not None:
         return _open_store(options)
-    series, weights = weighted_series(open_series(options), options.checkpoint_weights)
+    # Where a store is to be written, the weights say which checkpoints, if they are given.
+    weights_given = options.checkpoint_weights or "equal"
+    series, weights = weighted_series(open_series(options), weights_given)
     return open_examples(options, series, weights)
 
 
@@ -236,7 +245,8 @@ def _open_store(options: argparse.Namespace) -> FromStore:
     stored = store.check_complete([checkpoint.id for checkpoint in series.checkpoints])
     bad = tuple(example for sidecar in stored.values() for example in sidecar.bad)
     count = sum(sidecar.count for sidecar in stored.values())
-    return FromStore(options, store, series, weights, count, bad)
+    size = sum(sidecar.file.size for sidecar in stored.values())
+    return FromStore(options, store, series, weights, count, size, bad)
 
 
 def _series_of_store(store: FactorStore) -> CheckpointSeries:

@@ -296,6 +296,12 @@ class FactorStore:
         run: dict[str, Any] = read_manifest(self.directory)["run"]
         return run == json.loads(json.dumps(self._run))
 
+    def checksums(self) -> dict[str, str] | None:
+        """Returns the SHA-256 of each shard's sidecar, None where there is no manifest."""
+        if not (self.directory / MANIFEST).is_file():
+            return None
+        return {name: digest for name, _, _, digest in read_manifest(self.directory)["shards"]}
+
     @property
     def _run(self) -> dict[str, Any]:
         return {"command": "extract", **self.description.to_json()}

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -40,7 +41,7 @@ class JobNotes:
 
     def create(self) -> None:
         """Makes the directories."""
-        for part in ("blocks", "running", "bad"):
+        for part in ("blocks", "running", "begun", "bad"):
             (self.directory / part).mkdir(parents=True, exist_ok=True)
 
     def finished(self, shard: str, start: int, rows: int) -> None:
@@ -56,12 +57,18 @@ class JobNotes:
     def running(self, shard: str) -> Iterator[None]:
         """Notes that this process is working on a shard, while the block runs."""
         note = self.directory / "running" / f"{socket.gethostname()}~{os.getpid()}~{shard}"
+        mark(self.directory / "begun" / f"{shard}~{uuid.uuid4().hex}")
         mark(note)
         try:
             yield
         finally:
             # The job may have been given up, and its directory removed.
             note.unlink(missing_ok=True)
+
+    def repeated(self) -> int:
+        """Returns how often a shard was begun again, as after a worker died."""
+        shards = [path.name.rpartition("~")[0] for path in (self.directory / "begun").iterdir()]
+        return len(shards) - len(set(shards))
 
     def all_running(self) -> list[Running]:
         """Returns the shards that processes are working on, or were when they died."""

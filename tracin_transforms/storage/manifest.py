@@ -110,15 +110,16 @@ def is_finished(output: AnyPath, run: dict[str, Any], overwrite: bool = False) -
 def _files(directory: AnyPath) -> list[str]:
     """Returns the paths of all files in a directory, relative to it, in order.
 
-    Temporary files, which other runs may have there, are left out.
+    The manifest is left out, and temporary files, which other runs may have there.
     """
     files = (path for path, _ in files_below(directory) if not is_temporary(path))
-    return sorted(str(path).removeprefix(f"{directory}/") for path in files)
+    names = (str(path).removeprefix(f"{directory}/") for path in files)
+    return sorted(name for name in names if name != FILE_NAME)
 
 
 def _check_replaceable(output: AnyPath, manifest: dict[str, Any]) -> None:
     """Raises InputError if the directory holds more than the result."""
-    foreign = sorted(set(_files(output)) - {*manifest["files"], FILE_NAME})
+    foreign = sorted(set(_files(output)) - {*manifest["files"]})
     if foreign:
         raise InputError(
             f"output {str(output)!r} holds {foreign[0]!r}, which is no part of the result: move "

@@ -152,6 +152,7 @@ def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -
             # Floating-point numbers hardly repeat, their upper bytes do.
             use_dictionary=["label", "predictions.list.element"],
             use_byte_stream_split=leaves,
+            write_page_checksum=True,
         )
 
 
@@ -164,7 +165,7 @@ def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
     """
     with refusals_named(path, "read"), path.open("rb") as opened:
         try:
-            file = pq.ParquetFile(opened)
+            file = pq.ParquetFile(opened, page_checksum_verification=True)
             description = json.loads((file.schema_arrow.metadata or {})[_KEY])
             if description["format"] != FORMAT:
                 raise InputError(

@@ -26,7 +26,7 @@ def pack_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Halves of the same shape, float16; exponents of shape [n], int8: `values` is about
         ``halves * 2**exponents``.
     """
-    rows = values.reshape(len(values), -1)
+    rows = values.reshape(len(values), _width(values))
     _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
     exponents = np.clip(exponents - _TOP, _SMALLEST, _LARGEST)
     halves = np.ldexp(rows, -exponents[:, None]).astype(np.float16)
@@ -45,7 +45,7 @@ def unpack_rows(halves: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     Returns:
         Shape [n, ...], float32.
     """
-    rows = halves.reshape(len(halves), -1).view(np.int16)
+    rows = halves.reshape(len(halves), _width(halves)).view(np.int16)
     bits = np.empty(rows.shape, np.int32)
     # The cast repeats the sign above the exponent's place, where the mask clears it.
     np.left_shift(rows, 13, out=bits, dtype=np.int32)
@@ -58,3 +58,7 @@ def unpack_rows(halves: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     if (rest := exponents - first).any():
         values *= np.ldexp(np.float32(1), rest)[:, None]
     return values.reshape(halves.shape)
+
+
+def _width(rows: np.ndarray) -> int:
+    return int(np.prod(rows.shape[1:], dtype=int))

@@ -173,8 +173,10 @@ def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
                     "written by another version"
                 )
             table = file.read() if with_rows else None
-        except (pa.ArrowException, KeyError, ValueError) as error:
-            if isinstance(error, InputError):
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            # Arrow has no error of its own for a page whose checksum is wrong.
+            refused = isinstance(error, OSError) and "CRC" not in str(error)
+            if refused or isinstance(error, InputError):
                 raise
             raise InputError(
                 f"{str(path)!r} cannot be read as the sidecar of a shard ({error}): remove it and "

@@ -218,4 +218,4 @@ def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBl
 
 def sources(options: argparse.Namespace) -> Callable[[str], ExampleSource]:
     """Returns what makes a source of a SPEC, as the options say examples are to be read."""
-    return lambda spec: parse_spec(spec)  # TEMP
+    return lambda spec: parse_spec(spec, parse=options.parse, preprocess=options.preprocess)

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 
 from tracin_transforms.core.half_precision import pack_rows, unpack_rows
 
-finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+finite = st.floats(-(2.0**127), 2.0**127, width=32)
 
 
 @given(arrays(np.float32, st.tuples(st.integers(0, 5), st.integers(1, 7)), elements=finite))

@@ -20,7 +20,7 @@ def pack_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows in float16, and the power of two to multiply each with.
 
     Args:
-        values: Shape [n, ...], float32, finite.
+        values: Shape [n, ...], float32, none beyond 2¹²⁷.
 
     Returns:
         Halves of the same shape, float16; exponents of shape [n], int8: `values` is about

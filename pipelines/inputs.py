@@ -211,11 +211,12 @@ def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBl
     for shard in source.shards():
         for batch in source.read(shard, rows):
             if batch.bad:
-                raise InputError(f"query {batch.bad[0].error}")
+                bad = batch.bad[0]
+                raise InputError(f"query {bad.example_id!r} of shard {bad.shard!r}: {bad.error}")
             blocks.append(extractor.extract(batch))
     return concatenate_blocks(blocks)
 
 
 def sources(options: argparse.Namespace) -> Callable[[str], ExampleSource]:
     """Returns what makes a source of a SPEC, as the options say examples are to be read."""
-    return lambda spec: parse_spec(spec, parse=options.parse, preprocess=options.preprocess)
+    return lambda spec: parse_spec(spec, options.parse, options.preprocess)

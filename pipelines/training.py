@@ -90,9 +90,11 @@ class FromExamples:
         """Returns how many examples were used, and those that could not be.
 
         Raises:
-            InputError: The examples are not those any more that the job began with.
+            InputError: The examples are not those any more that the job began with, or an id
+                occurs twice.
         """
         self.check_unchanged()
+        notes.check_unique()
         return notes.examples(), notes.all_bad()
 
     def check_unchanged(self) -> None:

@@ -103,7 +103,7 @@ def test_spec_names_the_arrays(path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("csv:a.csv", r"unknown kind of source 'csv', expected one of npz:"),
+        ("csv:a.csv", r"unknown kind of source 'csv', expected one of images:, npz:, parquet:, "),
         ("data.npz", "unknown kind of source ''"),
         ("npz:", "expected a path"),
         ("npz:a.npz?z=1", "unknown option 'z', expected x .*y, id or weight"),

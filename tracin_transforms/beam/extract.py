@@ -93,7 +93,7 @@ class Extraction:
                 for block in _one_ahead(self._extracted(loaded, shard, bad)):
                     yield block
                     if self.notes is not None:
-                        self.notes.finished(shard.name, int(block.indices[0]), len(block))
+                        self.notes.finished(shard.name, int(block.indices[0]), block.example_ids)
             except MemoryError as error:
                 raise InputError(
                     f"shard {shard.name!r}: out of memory ({error}): give the job more, or fewer "
@@ -124,11 +124,16 @@ class Extraction:
             assert self.notes is not None
             number = self.bad_before + self.notes.bad(found)
         if number > self.max_bad_examples:
+            first = min(found, key=lambda example: example.index)
+            one = (
+                f"example {first.example_id!r} of shard {first.shard!r}, index {first.index}: "
+                f"{first.error}"
+            )
             raise InputError(
-                f"{found[0].error}; --max-bad-examples N leaves out as many as N such examples"
+                f"{one}; --max-bad-examples N leaves out as many as N such examples"
                 if not self.max_bad_examples
                 else f"{number} examples cannot be used, --max-bad-examples allows "
-                f"{self.max_bad_examples}; one of them: {found[0].error}"
+                f"{self.max_bad_examples}; one of them: {one}"
             )
 
 

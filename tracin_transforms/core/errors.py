@@ -16,14 +16,16 @@ class ExampleError(InputError):
 
     Args:
         problems: Pairs of a row of the batch and what is wrong with it, at least one.
+        first: Names the first of these examples, for the message.
     """
 
-    def __init__(self, problems: Sequence[tuple[int, str]]) -> None:
-        super().__init__(problems)
+    def __init__(self, problems: Sequence[tuple[int, str]], first: str = "") -> None:
+        super().__init__(problems, first)
         self.problems = tuple(problems)
+        self._first = first
 
     def __str__(self) -> str:
-        return self.problems[0][1]
+        return f"{self._first}{self.problems[0][1]}"
 
 
 class AbandonedError(InputError):

@@ -228,17 +228,14 @@ def check_finite(block: FactorBlock) -> FactorBlock:
                 axes = tuple(range(1, array.ndim))
                 finite &= np.isfinite(array.sum(axis=axes, dtype=np.float64))
         if not finite.all():
-            raise ExampleError(
-                [
-                    (
-                        row,
-                        f"example {str(block.example_ids[row])!r} has a non-finite activation, "
-                        f"error signal or loss at checkpoint {gradient.checkpoint_id!r}; check "
-                        "the example, and whether training had diverged by then",
-                    )
-                    for row in np.flatnonzero(~finite).tolist()
-                ]
+            rows = np.flatnonzero(~finite).tolist()
+            what = (
+                "has a non-finite activation, error signal or loss at checkpoint "
+                f"{gradient.checkpoint_id!r}; check the example, and whether training had "
+                "diverged by then"
             )
+            name = f"example {str(block.example_ids[rows[0]])!r} "
+            raise ExampleError([(row, what) for row in rows], name)
     return block
 
 

@@ -256,9 +256,5 @@ def _check_inputs_finite(batch: ExampleBatch) -> None:
 
 def _bad_examples(batch: ExampleBatch, found: Sequence[tuple[int, str]]) -> ExampleError:
     """Returns the error that names the examples in some rows of a batch, and what is wrong."""
-    return ExampleError(
-        [
-            (row, f"example {str(batch.example_ids[row])!r} of shard {batch.shard!r}: {what}")
-            for row, what in found
-        ]
-    )
+    first = str(batch.example_ids[found[0][0]])
+    return ExampleError(found, f"example {first!r} of shard {batch.shard!r}: ")

@@ -1,10 +1,7 @@
 """Loading checkpoints as Keras models, without running what an untrusted file may contain."""
 
-import importlib
 import json
-import os
 import re
-import sys
 import zipfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +11,7 @@ import tensorflow as tf
 
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.user_code import load_function, load_module
 from tracin_transforms.models.layers import all_layers, check_not_quantised
 from tracin_transforms.models.tf_checkpoints import is_tf_checkpoint, read_tf_checkpoint
 from tracin_transforms.storage.checkpoint_series import fetched_checkpoint
@@ -65,7 +63,7 @@ def load_checkpoints(series: CheckpointSeries, loading: ModelLoading) -> list[Lo
             "set KERAS_BACKEND=tensorflow"
         )
     for name in loading.imports:
-        _import(name, "--import")
+        load_module(name, "--import")
     series = _fetched(series)
     source = loading.model or series.model
     if source is not None:
@@ -96,32 +94,15 @@ def _fetched(series: CheckpointSeries) -> CheckpointSeries:
     )
 
 
-def _import(name: str, flag: str) -> Any:
-    # As `python -m` does, and the console script does not.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(
-            f"{flag} {name!r} cannot be imported: {error}; expected a module that Python finds, "
-            f"as from the directory {os.getcwd()!r}"
-        ) from error
-
-
 def _network(source: str, loading: ModelLoading) -> keras.Model:
     if source.endswith(".keras"):
         return _load_keras_file(str(fetched(any_path(source))), "--model ", loading.allow_unsafe)
-    module, separator, name = source.partition(":")
-    if not separator:
+    if ":" not in source:
         raise InputError(
             f"--model {source!r}: expected module:function, which returns the model, or a .keras "
             "file"
         )
-    function = getattr(_import(module, "--model"), name, None)
-    if not callable(function):
-        raise InputError(f"--model {source!r}: module {module!r} has no function {name!r}")
-    model = function()
+    model = load_function(source, "--model")()
     if not isinstance(model, keras.Model) or not model.built:
         raise InputError(
             f"--model {source!r} returned {model!r:.60}: expected a Keras model that is built, as "

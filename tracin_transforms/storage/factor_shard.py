@@ -145,7 +145,7 @@ class ShardWriter:
         if self._layout is None:
             raise InputError(
                 f"shard {self._shard.name!r}: none of its examples can be used"
-                + (f", the first because of: {bad[0].error}" if bad else ": it is empty")
+                + (f", the first: {bad[0].error}" if bad else ": it is empty")
             )
         known_bad = () if self._known is None else self._known.bad
         bad = sorted({*bad, *known_bad}, key=lambda example: example.index)

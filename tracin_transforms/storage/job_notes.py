@@ -1,6 +1,7 @@
 """What the processes of a running job note for each other, as small files in one directory."""
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -8,8 +9,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
+from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.protocols import BadExample
 from tracin_transforms.storage.files import AnyPath, files_below, mark, written_atomically
+
+_DIGEST = 8
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,48 @@ class JobNotes:
         for part in ("blocks", "running", "begun", "bad"):
             (self.directory / part).mkdir(parents=True, exist_ok=True)
 
-    def finished(self, shard: str, start: int, rows: int) -> None:
-        """Notes that a block is finished."""
-        mark(self.directory / "blocks" / f"{shard}-{start:012d}-{rows}")
+    def finished(self, shard: str, start: int, example_ids: np.ndarray) -> None:
+        """Notes that a block is finished, with digests of its example ids.
+
+        Args:
+            shard: Name of the shard.
+            start: Index of the block's first row within it.
+            example_ids: Shape [n], unicode.
+        """
+        digests = b"".join(
+            hashlib.blake2b(name.encode(), digest_size=_DIGEST).digest()
+            for name in example_ids.tolist()
+        )
+        note = self.directory / "blocks" / f"{shard}-{start:012d}-{len(example_ids)}"
+        with written_atomically(note) as temporary:
+            temporary.write_bytes(digests)
 
     def examples(self) -> int:
         """Returns the number of examples in finished blocks."""
         names = (path.name for path in (self.directory / "blocks").iterdir())
-        return sum(int(name.rpartition("-")[2]) for name in names)
+        return sum(int(name.rpartition("-")[2]) for name in names if not name.startswith("."))
+
+    def check_unique(self) -> None:
+        """Raises InputError if an example id occurs twice in finished blocks.
+
+        Reads 8 bytes for each example.
+        """
+        blocks = [path for path, _ in files_below(self.directory / "blocks")]
+        parts = [np.frombuffer(path.read_bytes(), dtype=f"V{_DIGEST}") for path in blocks]
+        digests = np.concatenate(parts).view(np.uint64) if parts else np.empty(0, np.uint64)
+        order = np.argsort(digests, kind="stable")
+        again = np.flatnonzero(np.diff(digests[order]) == 0)
+        if len(again):
+            ends = np.cumsum([len(part) for part in parts])
+            first, second = (
+                blocks[int(np.searchsorted(ends, place, side="right"))].name.rsplit("-", 2)
+                for place in np.sort(order[again[0] : again[0] + 2])
+            )
+            raise InputError(
+                f"{len(again)} example ids occur more than once, first in shard {first[0]!r}, in "
+                f"the block that begins at example {int(first[1])}, and in shard {second[0]!r}, "
+                f"at {int(second[1])}: expected every example id once"
+            )
 
     @contextlib.contextmanager
     def running(self, shard: str) -> Iterator[None]:

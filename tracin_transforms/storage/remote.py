@@ -135,10 +135,9 @@ class RemotePath:
 
     def iterdir(self) -> "Iterator[RemotePath]":
         """Yields what is directly in this directory."""
-        with refusals_named(self, "read"):
-            selector = arrow_fs.FileSelector(self._path, allow_not_found=True)
-            infos = self._filesystem.get_file_info(selector)
-        yield from (self / info.base_name for info in infos)
+        root = len(self.uri) + 1
+        names = (file.uri[root:].partition("/")[0] for file, _ in self.files())
+        yield from (self / name for name in dict.fromkeys(names))
 
     def glob(self, pattern: str) -> "Iterator[RemotePath]":
         """Yields what is directly in this directory and matches a pattern."""
@@ -174,7 +173,8 @@ class RemotePath:
         """Writes a file of this content."""
         with (
             refusals_named(self, "written"),
-            self._filesystem.open_output_stream(self._path) as stream,
+            # Without what Arrow would do to a name that ends in .gz.
+            self._filesystem.open_output_stream(self._path, compression=None) as stream,
         ):
             stream.write(content)
 

@@ -17,9 +17,10 @@ from tracin_transforms.beam.store import WriteFactors
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.protocols import Shard
 from tracin_transforms.storage.checkpoint_series import checkpoint_hash
-from tracin_transforms.storage.factor_store import FactorStore, StoreDescription, remove_store
+from tracin_transforms.storage.factor_store import FactorStore, remove_store
 from tracin_transforms.storage.files import any_path
 from tracin_transforms.storage.sidecar import Sidecar
+from tracin_transforms.storage.store_description import StoreDescription
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:

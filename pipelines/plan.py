@@ -31,8 +31,9 @@ from tracin_transforms.core.planning import (
 )
 from tracin_transforms.core.protocols import Shard
 from tracin_transforms.core.ranking import TopInfluences, merge_block
-from tracin_transforms.storage.factor_shard import ShardPaths, ShardWriter
+from tracin_transforms.storage.factor_shard import ShardPaths
 from tracin_transforms.storage.files import any_path, existing_file
+from tracin_transforms.storage.shard_writer import ShardWriter
 
 # With what comes before and after, a minute.
 _SAMPLE_SECONDS = 40.0

@@ -12,6 +12,7 @@ from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
 from tracin_transforms.core.influence import influence, pair_influence, self_influence
 from tracin_transforms.core.protocols import (
+    BadExample,
     ExampleBatch,
     ExampleSource,
     FactorExtractor,
@@ -21,51 +22,82 @@ from tracin_transforms.core.protocols import (
 from tracin_transforms.core.ranking import InfluenceRows, TopInfluences, merge_block
 
 if TYPE_CHECKING:
-    from tracin_transforms.beam.extract import ExtractFactors, SharedExtractor
+    from tracin_transforms.beam.extract import ExtractFactors, Extraction, SharedExtractor
     from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
-    from tracin_transforms.beam.self_influence import ScoreSelfInfluence
+    from tracin_transforms.beam.self_influence import ScoreSelfInfluence, ScoreStored
+    from tracin_transforms.beam.store import ReadFactors, WriteFactors
+    from tracin_transforms.examples.images import ImageExamples
+    from tracin_transforms.examples.lookup import find_examples
     from tracin_transforms.examples.npz import NpzExamples
+    from tracin_transforms.examples.parquet import ParquetExamples
+    from tracin_transforms.examples.spec import parse_spec
+    from tracin_transforms.examples.tfds import TFDSExamples
+    from tracin_transforms.examples.tfrecord import TFRecordExamples
     from tracin_transforms.models.extractor import KerasFactorExtractor
     from tracin_transforms.models.recorder import CheckpointRecorder
     from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
+    from tracin_transforms.storage.factor_store import FactorStore
 
 _LAZY = {
     "CheckpointRecorder": "tracin_transforms.models.recorder",
     "ExtractFactors": "tracin_transforms.beam.extract",
+    "Extraction": "tracin_transforms.beam.extract",
+    "FactorStore": "tracin_transforms.storage.factor_store",
+    "ImageExamples": "tracin_transforms.examples.images",
     "KerasFactorExtractor": "tracin_transforms.models.extractor",
     "NpzExamples": "tracin_transforms.examples.npz",
+    "ParquetExamples": "tracin_transforms.examples.parquet",
+    "ReadFactors": "tracin_transforms.beam.store",
     "ScoreInfluence": "tracin_transforms.beam.influence",
     "ScoreSelfInfluence": "tracin_transforms.beam.self_influence",
+    "ScoreStored": "tracin_transforms.beam.self_influence",
     "SharedExtractor": "tracin_transforms.beam.extract",
+    "TFDSExamples": "tracin_transforms.examples.tfds",
+    "TFRecordExamples": "tracin_transforms.examples.tfrecord",
+    "WriteFactors": "tracin_transforms.beam.store",
     "WriteInfluence": "tracin_transforms.beam.influence",
+    "find_examples": "tracin_transforms.examples.lookup",
+    "parse_spec": "tracin_transforms.examples.spec",
     "read_checkpoint_series": "tracin_transforms.storage.checkpoint_series",
 }
 
 __all__ = [
+    "BadExample",
     "Checkpoint",
     "CheckpointRecorder",
     "CheckpointSeries",
     "ExampleBatch",
     "ExampleSource",
     "ExtractFactors",
+    "Extraction",
     "FactorBlock",
     "FactorExtractor",
+    "FactorStore",
     "GradientFactors",
+    "ImageExamples",
     "InfluenceRows",
     "InputError",
     "KerasFactorExtractor",
     "LayerFactors",
     "LoadedExtractor",
     "NpzExamples",
+    "ParquetExamples",
+    "ReadFactors",
     "ScoreInfluence",
     "ScoreSelfInfluence",
+    "ScoreStored",
     "Shard",
     "SharedExtractor",
+    "TFDSExamples",
+    "TFRecordExamples",
     "TopInfluences",
+    "WriteFactors",
     "WriteInfluence",
+    "find_examples",
     "influence",
     "merge_block",
     "pair_influence",
+    "parse_spec",
     "read_checkpoint_series",
     "self_influence",
 ]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.conftest import TRACIN, edit_series, tracin
+from tracin_transforms.storage.factor_store import FactorStore
 
 WORKERS = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 ROWS = 3000
@@ -123,6 +125,23 @@ def test_a_run_that_was_moved(trained, many, tmp_path):
     shutil.rmtree(tmp_path / "out")
     other = tracin("influence", asked | {"--checkpoints": tmp_path / "moved"})
     assert "is not the file that store" in other.stderr
+
+
+def test_the_guide_reads_a_factor_file_with_pyarrow_alone(stored):
+    guide = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import pyarrow.*?)```", guide, re.S)[1]
+    assert len([line for line in code.splitlines() if line]) == 5
+    shard = FactorStore.open(stored).shard("many-00001-of-00004")
+    checkpoint = shard.sidecar.layout.checkpoint_ids[1]
+    for name, value in (
+        ("SHARD", "many-00001-of-00004"),
+        ("CHECKPOINT/LAYER", f"{checkpoint}/outputs"),
+    ):
+        code = code.replace(name, value)
+    found: dict[str, np.ndarray] = {}
+    exec(code.replace('"store/', f'"{stored}/'), found)
+    expected = [block.gradients[0].layers[0].error_signals for block in shard.blocks([checkpoint])]
+    np.testing.assert_array_equal(found["error_signals"], np.concatenate(expected))
 
 
 def test_what_a_store_holds(stored):

@@ -1,3 +1,5 @@
+import re
+
 """The commands without running a pipeline: usage, options, errors."""
 
 import subprocess
@@ -45,6 +47,35 @@ def test_wrong_usage_exits_with_2(arguments, message, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err + captured.out
+
+
+def test_versions(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"tracin \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert main(["--version", "--verbose"]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "python 3.",
+        "cores ",
+        "memory ",
+        "apache-beam 2.77",
+        "pyarrow 25",
+        "tensorflow 2",
+    ):
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--workers=2", "--worker-kind=a"], "expected both --worker-kind and --worker-kinds"),
+        (["--worker-kind=a", "--worker-kinds=b"], "--worker-kind: expected --workers, too"),
+        (["--store=s"], "--examples is not for --store"),
+    ],
+)
+def test_options_that_do_not_fit_each_other(more, message, capsys):
+    assert main(["plan", "--checkpoints=r", "--examples=npz:x", *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_options_and_their_defaults():

@@ -15,9 +15,10 @@ from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, LayerFactors, concatenate_blocks
 from tracin_transforms.core.influence import influence, self_influence
 from tracin_transforms.core.protocols import BadExample, Shard
-from tracin_transforms.storage.factor_shard import ShardWriter
-from tracin_transforms.storage.factor_store import FactorStore, StoreDescription, remove_store
+from tracin_transforms.storage.factor_store import FactorStore, remove_store
+from tracin_transforms.storage.shard_writer import ShardWriter
 from tracin_transforms.storage.store_check import problems
+from tracin_transforms.storage.store_description import StoreDescription
 
 IDS = ("epoch-0", "epoch-1", "epoch-2")
 FACTORS = {"layers": "last", "dtype": "float16"}

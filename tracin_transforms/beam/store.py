@@ -9,9 +9,9 @@ from apache_beam.metrics import Metrics
 from tracin_transforms.beam.extract import Extraction
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.protocols import BadExample, Shard
-from tracin_transforms.storage.factor_shard import ShardWriter
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.job_notes import JobNotes
+from tracin_transforms.storage.shard_writer import ShardWriter
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,100 +38,15 @@ from tracin_transforms.storage.files import (
     written_once,
 )
 from tracin_transforms.storage.manifest import FILE_NAME as MANIFEST
-from tracin_transforms.storage.manifest import differences, read_manifest, write_manifest
+from tracin_transforms.storage.manifest import read_manifest, write_manifest
 from tracin_transforms.storage.remote import RemotePath
 from tracin_transforms.storage.results import write_skipped
 from tracin_transforms.storage.sidecar import Sidecar, read_sidecar
+from tracin_transforms.storage.store_description import FORMAT, StoreDescription
 
-FORMAT = 1
 _FILE_NAME = "store.json"
 _PARTS = {_FILE_NAME, MANIFEST, "factors", "examples"}
 _READERS = 16
-
-
-@dataclass(frozen=True)
-class StoreDescription:
-    """What the factors of a store are of.
-
-    Attributes:
-        factors: What determines them but for checkpoints and shards: model, layers, loss,
-            precision, dtype, source of the examples; JSON values.
-        checkpoints: id, path, step, learning rate and content hash of each, in order.
-        shards: The shards of the source.
-        loading: How checkpoints become models, for queries; not part of what tells stores apart.
-    """
-
-    factors: dict[str, Any]
-    checkpoints: tuple[dict[str, Any], ...]
-    shards: tuple[Shard, ...]
-    loading: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def checkpoint_ids(self) -> tuple[str, ...]:
-        """The checkpoints' ids, in order."""
-        return tuple(checkpoint["id"] for checkpoint in self.checkpoints)
-
-    @property
-    def sorting_weights(self) -> dict[str, float]:
-        """Weights by checkpoint id, by which a shard's rows are sorted: η_k, if all are known."""
-        rates = [checkpoint["learning_rate"] for checkpoint in self.checkpoints]
-        alike = None in rates
-        return {
-            name: 1.0 if alike else rate
-            for name, rate in zip(self.checkpoint_ids, rates, strict=True)
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the description as JSON values."""
-        return {
-            "format": FORMAT,
-            "factors": self.factors,
-            "checkpoints": list(self.checkpoints),
-            "shards": [[shard.name, shard.count, shard.size] for shard in self.shards],
-            "loading": self.loading,
-        }
-
-    @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "StoreDescription":
-        """Returns the description that `to_json` gave."""
-        return cls(
-            document["factors"],
-            tuple(document["checkpoints"]),
-            tuple(Shard(name, count=n, size=size) for name, n, size in document["shards"]),
-            document["loading"],
-        )
-
-    def joined(self, other: "StoreDescription") -> "StoreDescription":
-        """Returns the description of a store that holds what both describe.
-
-        Raises:
-            InputError: The two do not belong into one store; the message says what differs.
-        """
-        found = differences(self.factors, other.factors)
-        for kind in ("checkpoints", "shards"):
-            known, wanted = self._by_name(kind), other._by_name(kind)
-            for name in known.keys() & wanted.keys():
-                found += differences(known[name], wanted[name], f"{kind[:-1]} {name!r}")
-        gone = self._by_name("shards").keys() - other._by_name("shards").keys()
-        found += [f"shard {name!r} is not among the examples here" for name in sorted(gone)[:1]]
-        if found:
-            raise InputError(
-                f"holds other gradient factors: {'; '.join(sorted(found)[:3])}. Choose another "
-                "directory"
-            )
-        checkpoints = {c["id"]: c for c in (*self.checkpoints, *other.checkpoints)}
-        return StoreDescription(
-            self.factors,
-            tuple(sorted(checkpoints.values(), key=lambda c: (c["step"], c["id"]))),
-            other.shards,
-            self.loading,
-        )
-
-    def _by_name(self, kind: str) -> dict[str, Any]:
-        if kind == "shards":
-            return {shard.name: [shard.count, shard.size] for shard in self.shards}
-        # Where a file lies does not make it another.
-        return {c["id"]: {k: c[k] for k in c if k != "path"} for c in self.checkpoints}
 
 
 @dataclass(frozen=True)

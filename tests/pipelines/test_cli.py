@@ -1,7 +1,6 @@
-import re
-
 """The commands without running a pipeline: usage, options, errors."""
 
+import re
 import subprocess
 import sys
 

@@ -9,7 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.execution import Progress, run_pipeline
-from pipelines.outputs import metrics_line, open_output, shown, skipped_line, staged_output
+from pipelines.outputs import (
+    check_any,
+    metrics_line,
+    open_output,
+    shown,
+    skipped_line,
+    staged_output,
+)
 from pipelines.queries import open_queries
 from pipelines.training import open_training
 from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
@@ -44,6 +51,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         progress = Progress(staging.notes, ready.count, shard_seconds=options.shard_timeout)
         seconds = run_pipeline(build, beam_args, progress)
         count, bad = ready.finished(staging.notes)
+        check_any(count)
         rows = read_result(staging.result, "influence")
         fewer = _count_fewer(rows, options.k, len(queries))
         write_skipped(staging.result, bad)

@@ -80,6 +80,12 @@ def metrics_line(examples: int, size: int, seconds: float, skipped: int, repeate
     )
 
 
+def check_any(examples: int) -> None:
+    """Raises InputError if there are no examples to give a result for."""
+    if not examples:
+        raise InputError("no training example can be used: expected at least one")
+
+
 def skipped_line(skipped: int, output: AnyPath) -> list[str]:
     """Returns what a summary says of examples that could not be used, if there are any."""
     if not skipped:

@@ -63,10 +63,10 @@ class StoredQueries:
         """Returns the gradient factors of all queries, in the order of their source."""
         blocks = []
         for shard in self.store.description.shards:
-            block = concatenate_blocks(
-                list(self.store.shard(shard.name).blocks(self.checkpoint_ids))
-            )
-            blocks.append(block.rows(np.argsort(block.indices)))
+            found = list(self.store.shard(shard.name).blocks(self.checkpoint_ids))
+            if found:
+                block = concatenate_blocks(found)
+                blocks.append(block.rows(np.argsort(block.indices)))
         return concatenate_blocks(blocks)
 
 

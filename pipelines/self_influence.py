@@ -8,7 +8,14 @@ from typing import Any
 import apache_beam as beam
 
 from pipelines.execution import Progress, run_pipeline
-from pipelines.outputs import metrics_line, open_output, shown, skipped_line, staged_output
+from pipelines.outputs import (
+    check_any,
+    metrics_line,
+    open_output,
+    shown,
+    skipped_line,
+    staged_output,
+)
 from pipelines.training import FromStore, open_training
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence, ScoreStored
 from tracin_transforms.storage.files import AnyPath
@@ -42,6 +49,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         progress = Progress(staging.notes, ready.count, shard_seconds=options.shard_timeout)
         seconds = run_pipeline(build, beam_args, progress)
         count, bad = ready.finished(staging.notes)
+        check_any(count)
         ranking = write_self_influence(staging.work, staging.result, count)
         write_skipped(staging.result, bad)
         summary = {"examples": count, "skipped": len(bad), "seconds": seconds}

@@ -63,9 +63,10 @@ def _info(store: FactorStore) -> str:
 
 def _layers(stored: dict[str, Sidecar]) -> str:
     """Returns the layers' names and widths, as a complete shard has them."""
-    if not stored:
+    layouts = [sidecar.layout for sidecar in stored.values() if sidecar.layout.layers]
+    if not layouts:
         return "not known yet"
-    layout = next(iter(stored.values())).layout
+    layout = layouts[0]
     first = layout.of_checkpoints(layout.checkpoint_ids[:1])
     return ", ".join(
         f"{layer.name} ({layer.error_signals[-1]} x {layer.activations[-1]})"

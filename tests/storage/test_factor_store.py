@@ -258,15 +258,33 @@ def test_directories_that_are_no_stores(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_checkpoints_and_shards_without_examples(tmp_path):
+def test_a_shard_without_examples_that_can_be_used(tmp_path):
+    store = FactorStore.prepare(tmp_path / "store", describe(IDS[:2], shards=("a", "b")))
+    bad = [BadExample("x", "a", 0, "it is broken")]
+    write(store, "a", [], bad=bad)
+    with pytest.raises(InputError, match="no factors for 1 of 2 shards"):
+        store.finish()
+    write(store, "b", [])
+    with pytest.raises(InputError, match="no training example can be used"):
+        store.finish()
+    block = random_block(np.random.default_rng(0), 4)
+    store.paths("b").sidecar.unlink()
+    write(store, "b", [block])
+    assert store.finish()["skipped"] == 1
+    assert list(store.shard("a").blocks(IDS[:2])) == []
+    assert list(problems(store)) == []
+    # Another checkpoint cannot bring back what is bad at the first.
+    store = FactorStore.prepare(tmp_path / "store", describe(shards=("a", "b")))
+    write(store, "a", [block], ids=["epoch-2"])
+    write(store, "b", [block], ids=["epoch-2"])
+    assert store.finish()["examples"] == 4
+    assert_same(read(store, "b"), block, rtol=2**-11)
+
+
+def test_unknown_checkpoints_and_blocks_that_differ(tmp_path):
     store = FactorStore.prepare(tmp_path / "store", describe())
     with pytest.raises(InputError, match="has no checkpoint 'epoch-9': it has epoch-0, epoch-1"):
         store.check_complete(["epoch-9"])
-    with pytest.raises(InputError, match="'a': none of its examples can be used: it is empty"):
-        write(store, "a", [])
-    bad = [BadExample("x", "a", 0, "it is broken")]
-    with pytest.raises(InputError, match="examples can be used, the first: it is broken"):
-        write(store, "a", [], bad=bad)
     rng = np.random.default_rng(0)
     with pytest.raises(InputError, match="shard 's': the gradient factors of its examples differ"):
         write(store, "a", [random_block(rng, 2), random_block(rng, 2, positions=2)])

@@ -1,6 +1,7 @@
 """Blocks of gradient factors to files of self-influence scores."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import apache_beam as beam
 import numpy as np
@@ -53,7 +54,9 @@ class ScoreStored(beam.PTransform):
             names
             | "DistributeShards" >> beam.Reshuffle()
             | "ScoreShard"
-            >> beam.Map(_score_shard, self.store, self.checkpoint_ids, self.weights, self.directory)
+            >> beam.FlatMap(
+                _score_shard, self.store, self.checkpoint_ids, self.weights, self.directory
+            )
         )
 
 
@@ -63,11 +66,13 @@ def _score_shard(
     checkpoint_ids: tuple[str, ...],
     weights: np.ndarray,
     directory: AnyPath,
-) -> AnyPath:
+) -> Iterator[AnyPath]:
     shard = store.shard(name)
     rows = shard.rows_of(checkpoint_ids)
+    if not len(rows):
+        return
     parts = rows.gradient_norms.astype(np.float64) ** 2 * weights[:, None]
-    return write_scores(directory, name, rows, parts, shard.layer_names)
+    yield write_scores(directory, name, rows, parts, shard.layer_names)
 
 
 def _score_block(block: FactorBlock, weights: np.ndarray, directory: AnyPath) -> AnyPath:

@@ -110,6 +110,8 @@ class StoredShard:
             InputError: The file is not whole.
         """
         file, schema = self.sidecar.file, self.sidecar.layout.schema
+        if not file.batches:
+            return
         largest = max(size for _, size in file.batches)
         free = [bytearray(largest) for _ in range(2)]
         with refusals_named(self.paths.factors, "read"):

@@ -242,6 +242,8 @@ class FactorStore:
         joined = pa.chunked_array(ids)
         if pc.count_distinct(joined).as_py() < examples:
             check_unique(np.array(joined.to_pylist()))
+        if not examples:
+            raise InputError("no training example can be used: expected at least one")
         write_skipped(self.directory, bad)
         summary = {
             "examples": examples,

@@ -66,10 +66,12 @@ class RowLayout:
     """The columns of a row: checkpoint by checkpoint, layer by layer.
 
     Attributes:
-        layers: One entry for each checkpoint and layer.
+        checkpoint_ids: The checkpoints, in order.
+        layers: One entry for each checkpoint and layer; none where there are no rows to tell.
         dtype: ``float16`` or ``float32``.
     """
 
+    checkpoint_ids: tuple[str, ...]
     layers: tuple[LayerLayout, ...]
     dtype: str
 
@@ -77,6 +79,7 @@ class RowLayout:
     def of_block(cls, block: FactorBlock, dtype: str) -> "RowLayout":
         """Returns the layout of a block's factors."""
         return cls(
+            block.checkpoint_ids,
             tuple(
                 LayerLayout(
                     checkpoint_id=gradient.checkpoint_id,
@@ -100,20 +103,16 @@ class RowLayout:
         for entry in document["layers"]:
             shapes = {key: tuple(entry[key]) for key in ("activations", "error_signals")}
             layers.append(LayerLayout(**{**entry, **shapes}))
-        return cls(tuple(layers), document["dtype"])
+        return cls(tuple(document["checkpoint_ids"]), tuple(layers), document["dtype"])
 
     def to_json(self) -> dict[str, Any]:
         """Returns the layout as JSON values."""
-        return {"layers": [asdict(layer) for layer in self.layers], "dtype": self.dtype}
-
-    @property
-    def checkpoint_ids(self) -> tuple[str, ...]:
-        """The checkpoints, in order."""
-        return tuple(dict.fromkeys(layer.checkpoint_id for layer in self.layers))
+        return asdict(self)
 
     def of_checkpoints(self, checkpoint_ids: Sequence[str]) -> "RowLayout":
         """Returns the layout of some checkpoints' factors, in the order given."""
         return RowLayout(
+            tuple(checkpoint_ids),
             tuple(
                 layer
                 for checkpoint_id in checkpoint_ids
@@ -125,7 +124,8 @@ class RowLayout:
 
     def joined(self, other: "RowLayout", checkpoint_ids: Sequence[str]) -> "RowLayout":
         """Returns the layout of both layouts' checkpoints, in the order given."""
-        return RowLayout(self.layers + other.layers, self.dtype).of_checkpoints(checkpoint_ids)
+        both = RowLayout((), self.layers + other.layers, self.dtype)
+        return both.of_checkpoints(checkpoint_ids)
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.influence import squared_gradient_norms
 from tracin_transforms.core.protocols import BadExample, Shard
 from tracin_transforms.storage.factor_shard import ShardPaths, StoredShard
-from tracin_transforms.storage.files import fetched, written_atomically
+from tracin_transforms.storage.files import written_atomically
 from tracin_transforms.storage.remote import RemotePath, refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
 from tracin_transforms.storage.sidecar import FactorFile, Rows, Sidecar, write_sidecar
@@ -122,13 +121,12 @@ class ShardWriter:
             The sidecar that was written.
 
         Raises:
-            InputError: No example of the shard can be used; the system refuses.
+            InputError: The system refuses.
         """
         if self._layout is None:
-            raise InputError(
-                f"shard {self._shard.name!r}: none of its examples can be used"
-                + (f", the first: {bad[0].error}" if bad else ": it is empty")
-            )
+            # A shard without examples, or without any that can be used.
+            self._layout = RowLayout(tuple(self._weights), (), self._dtype)
+            self._rows = [Rows.none(len(self._weights))]
         known_bad = () if self._known is None else self._known.bad
         bad = sorted({*bad, *known_bad}, key=lambda example: example.index)
         rows = _concatenated(self._rows)
@@ -148,8 +146,13 @@ class ShardWriter:
     def _write_factors(self, order: np.ndarray) -> FactorFile:
         assert self._layout is not None
         layout = self._layout
-        records = np.memmap(self._spool, layout.record, mode="r", shape=order.shape)
-        block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // layout.record.itemsize))
+        # An empty file cannot be mapped.
+        records = (
+            np.memmap(self._spool, layout.record, mode="r", shape=order.shape)
+            if len(order)
+            else np.empty(0, layout.record)
+        )
+        block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(1, layout.record.itemsize)))
         ends = []
         with written_atomically(self._paths.factors) as temporary:
             with temporary.open("wb") as raw:
@@ -160,7 +163,7 @@ class ShardWriter:
                         chosen = records[order[start : start + block_rows]]
                         writer.write_batch(_record_batch(layout, chosen))
                         ends.append(hashed.size)
-            starts = [_end_of_schema(temporary), *ends]
+            starts = [_end_of_schema(temporary), *ends] if ends else []
         places = tuple((a, b - a) for a, b in zip(starts, ends, strict=False))
         return FactorFile(hashed.size, hashed.digest.hexdigest(), block_rows, places)
 
@@ -174,7 +177,11 @@ class _Known:
         self.bad = shard.sidecar.bad
         self._order = np.argsort(self._rows.indices)
         self._sorted = self._rows.indices[self._order]
-        with pa.memory_map(str(fetched(shard.paths.factors))) as source:
+        path = shard.paths.factors
+        with refusals_named(path, "read"):
+            # A local file is only looked at where its rows are wanted.
+            is_remote = isinstance(path, RemotePath)
+            source = pa.BufferReader(path.read_bytes()) if is_remote else pa.memory_map(str(path))
             self._table = pa.ipc.open_file(source).read_all()
 
     def holds(self, indices: np.ndarray) -> np.ndarray:

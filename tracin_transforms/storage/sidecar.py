@@ -59,6 +59,18 @@ class Rows:
     losses: np.ndarray
     gradient_norms: np.ndarray
 
+    @classmethod
+    def none(cls, checkpoints: int) -> "Rows":
+        """Returns no rows."""
+        return cls(
+            indices=np.empty(0, np.int64),
+            example_ids=np.empty(0, "U1"),
+            labels=np.empty(0, np.int32),
+            predictions=np.empty((0, checkpoints), np.int32),
+            losses=np.empty((0, checkpoints), np.float32),
+            gradient_norms=np.empty((0, checkpoints, 1), np.float32),
+        )
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -197,6 +209,8 @@ def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
 
 def _rows(table: pa.Table, layout: RowLayout, description: dict[str, Any]) -> Rows:
     n, k = len(table), len(layout.checkpoint_ids)
+    if not n:
+        return Rows.none(k)
     # Of several layers, each has its own norm.
     per_layer = "gradient_norms_per_layer"
     norms = per_layer if per_layer in table.column_names else "gradient_norms"
@@ -206,7 +220,7 @@ def _rows(table: pa.Table, layout: RowLayout, description: dict[str, Any]) -> Ro
         labels=_numbers(table["label"], (n, *description["label_shape"])),
         predictions=_numbers(table["predictions"], (n, *description["prediction_shape"])),
         losses=_numbers(table["losses"], (n, k)),
-        gradient_norms=_numbers(table[norms], (n, k, -1)) if n else np.empty((0, k, 1), np.float32),
+        gradient_norms=_numbers(table[norms], (n, k, -1)),
     )
 
 

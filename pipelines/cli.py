@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except KeyboardInterrupt:
         print(
-            "\ntracin: interrupted; nothing half done is left in the output. "
-            "Run the same command again to start over.",
+            "\ntracin: interrupted; nothing half done is left in the output. Run the same command "
+            "again: 'tracin extract' goes on, the others start over.",
             file=sys.stderr,
         )
         _leave(130)

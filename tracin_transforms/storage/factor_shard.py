@@ -5,6 +5,7 @@ brings a block into memory, where NumPy views its numbers without another copy. 
 falling self-influence.
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ class StoredShard:
         with refusals_named(self.paths.factors, "read"):
             opened = self.paths.factors.open("rb", buffering=0)
             with opened, ThreadPoolExecutor(1) as pool:
+                self._check_size(opened)
 
                 def read(i: int) -> pa.RecordBatch:
                     start, size = file.batches[i]
@@ -132,13 +134,19 @@ class StoredShard:
                         ahead = pool.submit(read, i + 1)
                     yield batch
 
+    def _check_size(self, opened: Any) -> None:
+        size = opened.seek(0, io.SEEK_END)
+        if size != self.sidecar.file.size:
+            raise InputError(
+                f"{str(self.paths.factors)!r} has {size} bytes, its sidecar says "
+                f"{self.sidecar.file.size}: unless 'tracin extract' is just adding to the store, "
+                "run it again, which computes the shard anew"
+            )
+
     def _read_into(self, opened: Any, start: int, view: memoryview) -> None:
         opened.seek(start)
         while view.nbytes:
             read = opened.readinto(view)
             if not read:
-                raise InputError(
-                    f"{str(self.paths.factors)!r} is shorter than its sidecar says: run the same "
-                    "'tracin extract' again, which computes the shard anew"
-                )
+                raise InputError(f"{str(self.paths.factors)!r} ended while it was read")
             view = view[read:]

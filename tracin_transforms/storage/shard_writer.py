@@ -128,7 +128,9 @@ class ShardWriter:
             self._layout = RowLayout(tuple(self._weights), (), self._dtype)
             self._rows = [Rows.none(len(self._weights))]
         known_bad = () if self._known is None else self._known.bad
-        bad = sorted({*bad, *known_bad}, key=lambda example: example.index)
+        # What is bad at both times is told once.
+        by_index = {example.index: example for example in (*bad, *known_bad)}
+        bad = [by_index[index] for index in sorted(by_index)]
         rows = _concatenated(self._rows)
         own = (rows.gradient_norms.astype(np.float64) ** 2).sum(axis=2) @ np.array(
             list(self._weights.values())

@@ -92,21 +92,11 @@ def report_speed(mnist: Path, work: Path) -> None:
 
 def report_exactness(work: Path) -> None:
     """Compares both results with the float64 reference."""
-    series = json.loads((work / "run" / "checkpoints.json").read_text())["checkpoints"]
     with np.load(work / "train.npz") as data:
-        ids, images, labels = data["ids"], data["images"], data["labels"]
+        ids = data["ids"]
     with np.load(work / "queries.npz") as data:
-        query_ids, query_images, query_labels = data["ids"], data["images"], data["labels"]
-    influence = np.zeros((len(ids), len(query_ids)))
-    among_queries = np.zeros((len(query_ids), len(query_ids)))
-    own = np.zeros(len(ids))
-    for entry in series:
-        rate = entry["learning_rate"]
-        e, h = _reference_factors(work / "run" / entry["path"], images, labels)
-        f, g = _reference_factors(work / "run" / entry["path"], query_images, query_labels)
-        influence += rate * (e @ f.T) * (h @ g.T + 1)
-        among_queries += rate * (f @ f.T) * (g @ g.T + 1)
-        own += rate * (e**2).sum(1) * ((h**2).sum(1) + 1)
+        query_ids = data["ids"]
+    influence, among_queries, own = reference_scores(work)
 
     table = pq.read_table(next((work / "self-influence").glob("self_influence-*.parquet")))
     found_ids = table["example_id"].to_numpy(zero_copy_only=False).astype(str)
@@ -122,6 +112,31 @@ def report_exactness(work: Path) -> None:
     report_rankings(work / "influence", ids, query_ids, influence, K)
     common = ["--checkpoints", str(work / "run")]
     report_options(work, common, work / "queries.npz", among_queries, OPTIONS)
+
+
+def reference_scores(work: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns scores in float64, by NumPy alone.
+
+    Returns:
+        Influence of the n training examples on the q queries, shape [n, q]; of the queries on
+        each other, [q, q]; self-influence of the training examples, [n].
+    """
+    series = json.loads((work / "run" / "checkpoints.json").read_text())["checkpoints"]
+    with np.load(work / "train.npz") as data:
+        images, labels = data["images"], data["labels"]
+    with np.load(work / "queries.npz") as data:
+        query_images, query_labels = data["images"], data["labels"]
+    influence = np.zeros((len(images), len(query_images)))
+    among_queries = np.zeros((len(query_images), len(query_images)))
+    own = np.zeros(len(images))
+    for entry in series:
+        rate = entry["learning_rate"]
+        e, h = _reference_factors(work / "run" / entry["path"], images, labels)
+        f, g = _reference_factors(work / "run" / entry["path"], query_images, query_labels)
+        influence += rate * (e @ f.T) * (h @ g.T + 1)
+        among_queries += rate * (f @ f.T) * (g @ g.T + 1)
+        own += rate * (e**2).sum(1) * ((h**2).sum(1) + 1)
+    return influence, among_queries, own
 
 
 def _reference_factors(

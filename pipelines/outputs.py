@@ -69,14 +69,15 @@ def metrics_line(examples: int, size: int, seconds: float, skipped: int, repeate
 
     Args:
         examples: That were used.
-        size: Bytes of the shards that were read.
+        size: Bytes of the shards that were read; 0 where it was but their sidecars.
         seconds: That the pipeline took.
         skipped: Examples that could not be used.
         repeated: How often a shard was begun again.
     """
+    read = f" and {size / seconds / 1e6:,.1f} MB read" if size else ""
     return (
-        f"{seconds:,.1f} s: {examples / seconds:,.0f} examples and {size / seconds / 1e6:,.1f} MB "
-        f"a second; {skipped:,} skipped, {repeated:,} shards begun again."
+        f"{seconds:,.1f} s: {examples / seconds:,.0f} examples{read} a second; {skipped:,} "
+        f"skipped, {repeated:,} shards begun again."
     )
 
 

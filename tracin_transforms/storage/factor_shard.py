@@ -15,9 +15,13 @@ import pyarrow as pa
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.storage.buffers import Buffers
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.remote import refusals_named
 from tracin_transforms.storage.sidecar import Rows, Sidecar, read_sidecar
+
+# Two in use, and one for the reader ahead.
+_READ = Buffers(3)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class StoredShard:
             )
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yields the record batches of the factor file, each valid until the next is asked for.
+        """Yields the record batches of the factor file, in order.
 
         While one is in use, the next is read.
 
@@ -114,7 +118,6 @@ class StoredShard:
         if not file.batches:
             return
         largest = max(size for _, size in file.batches)
-        free = [bytearray(largest) for _ in range(2)]
         with refusals_named(self.paths.factors, "read"):
             opened = self.paths.factors.open("rb", buffering=0)
             with opened, ThreadPoolExecutor(1) as pool:
@@ -122,7 +125,7 @@ class StoredShard:
 
                 def read(i: int) -> pa.RecordBatch:
                     start, size = file.batches[i]
-                    view = memoryview(free[i % 2])[:size]
+                    view = _READ.take(largest)[:size].data
                     self._read_into(opened, start, view)
                     message = pa.ipc.read_message(pa.py_buffer(view))
                     return pa.ipc.read_record_batch(message, schema)

@@ -14,8 +14,12 @@ import pyarrow as pa
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
 from tracin_transforms.core.half_precision import pack_rows, unpack_rows
+from tracin_transforms.storage.buffers import Buffers
 
 FLOAT16, FLOAT32 = "float16", "float32"
+
+# One block is in use while the next is read.
+_UNPACKED = Buffers(2)
 
 
 @dataclass(frozen=True)
@@ -188,11 +192,20 @@ class RowLayout:
 
     def unpack(self, batch: pa.RecordBatch, rows: int) -> tuple[GradientFactors, ...]:
         """Returns the factors in the first rows of a record batch of these columns."""
+        columns = [column for column in self.columns if column.is_packed]
+        widths = [rows * int(np.prod(column.shape, dtype=int)) for column in columns]
+        memory = _UNPACKED.take(4 * sum(widths)).view(np.float32)
+        ends = np.cumsum(widths)
+        places = {
+            column.name: memory[end - width : end].reshape(rows, *column.shape)
+            for column, width, end in zip(columns, widths, ends, strict=True)
+        }
         gradients: dict[str, list[LayerFactors]] = {}
-        columns = iter(self.columns)
+        every = iter(self.columns)
         for layer in self.layers:
             activations, error_signals = (
-                _numbers(batch, column, rows) for column in (next(columns), next(columns))
+                _numbers(batch, column, rows, places.get(column.name))
+                for column in (next(every), next(every))
             )
             gradients.setdefault(layer.checkpoint_id, []).append(
                 LayerFactors(layer.name, activations, error_signals, layer.has_bias, layer.groups)
@@ -205,11 +218,12 @@ def exponent_name(column: Column) -> str:
     return f"{column.name}_exponent"
 
 
-def _numbers(batch: pa.RecordBatch, column: Column, rows: int) -> np.ndarray:
+def _numbers(
+    batch: pa.RecordBatch, column: Column, rows: int, out: np.ndarray | None
+) -> np.ndarray:
     values = batch.column(column.name).values.to_numpy(zero_copy_only=True)
     numbers: np.ndarray = values.reshape(-1, *column.shape)[:rows]
     if column.is_packed:
         exponents = batch.column(exponent_name(column)).to_numpy(zero_copy_only=True)
-        return unpack_rows(numbers, exponents[:rows])
-    # The buffer is used again for the next block.
-    return numbers.copy()
+        return unpack_rows(numbers, exponents[:rows], out)
+    return numbers

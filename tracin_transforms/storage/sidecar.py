@@ -178,23 +178,21 @@ def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
     with refusals_named(path, "read"), path.open("rb") as opened:
         try:
             file = pq.ParquetFile(opened, page_checksum_verification=True)
-            description = json.loads((file.schema_arrow.metadata or {})[_KEY])
-            if description["format"] != FORMAT:
-                raise InputError(
-                    f"{str(path)!r} has format {description['format']}, expected {FORMAT}: it was "
-                    "written by another version"
-                )
-            table = file.read() if with_rows else None
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            return _sidecar(file, with_rows)
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             # Arrow has no error of its own for a page whose checksum is wrong.
-            refused = isinstance(error, OSError) and "CRC" not in str(error)
-            if refused or isinstance(error, InputError):
+            if isinstance(error, OSError) and "CRC" not in str(error):
                 raise
             raise InputError(
-                f"{str(path)!r} cannot be read as the sidecar of a shard ({error}): remove it and "
-                "run the same 'tracin extract' again"
+                f"{str(path)!r} cannot be read as the sidecar of a shard, or was written by "
+                f"another version ({error}): remove it and run the same 'tracin extract' again"
             ) from error
-        count = file.metadata.num_rows
+
+
+def _sidecar(file: pq.ParquetFile, with_rows: bool) -> Sidecar:
+    description = json.loads(file.schema_arrow.metadata[_KEY])
+    if description["format"] != FORMAT:
+        raise ValueError(f"its format is {description['format']}, expected {FORMAT}")
     layout = RowLayout.from_json(description["layout"])
     batches = tuple((start, size) for start, size in description["file"]["batches"])
     return Sidecar(
@@ -202,8 +200,8 @@ def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
         layout=layout,
         file=FactorFile(**(description["file"] | {"batches": batches})),
         bad=tuple(BadExample(**bad) for bad in description["bad"]),
-        rows=None if table is None else _rows(table, layout, description),
-        count=count,
+        rows=_rows(file.read(), layout, description) if with_rows else None,
+        count=file.metadata.num_rows,
     )
 
 

@@ -190,7 +190,7 @@ def test_interrupting_leaves_nothing_behind(trained, arguments, tmp_path, sent, 
     arguments["--examples"] = f"npz:{tmp_path / 'large.npz'}"
     line = [TRACIN, "self-influence", *(f"{k}={v}" for k, v in arguments.items()), *more]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    _wait_for(lambda: list(tmp_path.glob(".*.out.work/progress/*")), process)
+    _wait_for(lambda: list(tmp_path.glob(".*.out.work/notes/blocks/*")), process)
     family = psutil.Process(process.pid).children(recursive=True)
 
     start = time.monotonic()

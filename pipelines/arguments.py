@@ -124,6 +124,8 @@ def check_workers(options: argparse.Namespace) -> str | None:
         return "expected both --worker-kind and --worker-kinds, or neither"
     if options.worker_kind is not None and options.workers is None:
         return "--worker-kind: expected --workers, too"
+    if options.workers is not None and not (options.dry_run or options.command == "plan"):
+        return "--workers is for a plan: expected --dry-run, too; a job's own are Beam's"
     return None
 
 

@@ -75,8 +75,8 @@ COMMANDS = {
         "pipelines.extract",
         "store the gradient factors of the training examples, for any number of later questions",
         "Computes the gradient factors of the training examples at every checkpoint and stores\n"
-        "them in DIR, for self-influence and influence with --store. Run again after a crash, it\n"
-        "does what is missing.",
+        "them in STORE, for self-influence and influence with --store. Run again after a crash,\n"
+        "it does what is missing.",
         extract_options,
         check=check_workers,
     ),

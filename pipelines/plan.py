@@ -33,6 +33,7 @@ from tracin_transforms.core.protocols import Shard
 from tracin_transforms.core.ranking import TopInfluences, merge_block
 from tracin_transforms.storage.factor_shard import ShardPaths
 from tracin_transforms.storage.files import any_path, existing_file
+from tracin_transforms.storage.job_notes import JobNotes
 from tracin_transforms.storage.shard_writer import ShardWriter
 
 # With what comes before and after, a minute.
@@ -129,9 +130,11 @@ class _Job:
 def _measure(
     training: Training, shards: Sequence[Shard], examples: int, options: argparse.Namespace
 ) -> Sample:
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as notes_directory:
         job = _Job(training, options, Path(work))
-        blocks = _blocks(training, shards)
+        notes = JobNotes(Path(notes_directory))
+        notes.create()
+        blocks = _blocks(training, shards, notes)
         begun = time.monotonic()
         first = next(blocks, None)
         if first is None:
@@ -160,7 +163,7 @@ def _measure(
     )
 
 
-def _blocks(training: Training, shards: Sequence[Shard]) -> Iterator[FactorBlock]:
+def _blocks(training: Training, shards: Sequence[Shard], notes: JobNotes) -> Iterator[FactorBlock]:
     """Yields the blocks of the shards, beginning in the middle of them."""
     order = [*shards[len(shards) // 2 :], *shards[: len(shards) // 2]]
     if isinstance(training, FromStore):
@@ -169,7 +172,8 @@ def _blocks(training: Training, shards: Sequence[Shard]) -> Iterator[FactorBlock
             training.store.shard(shard.name).blocks(ids) for shard in order
         )
     assert training.extractor is not None
-    extraction = Extraction(training.source, training.extractor, BLOCK_ROWS, None)
+    allowed = training.options.max_bad_examples
+    extraction = Extraction(training.source, training.extractor, BLOCK_ROWS, notes, allowed)
     loaded = training.extractor.acquire()
     return itertools.chain.from_iterable(extraction.blocks(loaded, shard, []) for shard in order)
 

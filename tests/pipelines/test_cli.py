@@ -75,6 +75,8 @@ def test_versions(capsys):
 def test_options_that_do_not_fit_each_other(more, message, capsys):
     assert main(["plan", "--checkpoints=r", "--examples=npz:x", *more]) == 2
     assert message in capsys.readouterr().err
+    assert main(["extract", *JOB, "--workers=3"]) == 2
+    assert "--workers is for a plan: expected --dry-run" in capsys.readouterr().err
 
 
 def test_options_and_their_defaults():

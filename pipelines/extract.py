@@ -133,7 +133,7 @@ def _summary(
         [
             f"Gradient factors of {examples:,} training examples at "
             f"{len(description.checkpoint_ids)} checkpoints, {summary['bytes'] / 1e6:,.1f} MB in "
-            f"{shards} shards{kept}.",
+            f"{shards} shard(s){kept}.",
             *metrics,
             *skipped_line(summary["skipped"], store.directory),
             f"Store: {store.directory}",

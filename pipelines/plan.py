@@ -41,6 +41,9 @@ _SAMPLE_SECONDS = 40.0
 # A small data set is not run through in whole.
 _SAMPLE_SHARE = 0.5
 _COUNTED_ROWS = 256
+# Several blocks, so that the first, which takes compiling, is not all.
+_FEWEST_BLOCKS = 8
+_FEWEST_ROWS = 32
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
@@ -134,7 +137,8 @@ def _measure(
         job = _Job(training, options, Path(work))
         notes = JobNotes(Path(notes_directory))
         notes.create()
-        blocks = _blocks(training, shards, notes)
+        block_rows = min(BLOCK_ROWS, max(_FEWEST_ROWS, examples // _FEWEST_BLOCKS))
+        blocks = _blocks(training, shards, notes, block_rows)
         begun = time.monotonic()
         first = next(blocks, None)
         if first is None:
@@ -163,7 +167,9 @@ def _measure(
     )
 
 
-def _blocks(training: Training, shards: Sequence[Shard], notes: JobNotes) -> Iterator[FactorBlock]:
+def _blocks(
+    training: Training, shards: Sequence[Shard], notes: JobNotes, block_rows: int
+) -> Iterator[FactorBlock]:
     """Yields the blocks of the shards, beginning in the middle of them."""
     order = [*shards[len(shards) // 2 :], *shards[: len(shards) // 2]]
     if isinstance(training, FromStore):
@@ -173,7 +179,7 @@ def _blocks(training: Training, shards: Sequence[Shard], notes: JobNotes) -> Ite
         )
     assert training.extractor is not None
     allowed = training.options.max_bad_examples
-    extraction = Extraction(training.source, training.extractor, BLOCK_ROWS, notes, allowed)
+    extraction = Extraction(training.source, training.extractor, block_rows, notes, allowed)
     loaded = training.extractor.acquire()
     return itertools.chain.from_iterable(extraction.blocks(loaded, shard, []) for shard in order)
 
@@ -181,7 +187,7 @@ def _blocks(training: Training, shards: Sequence[Shard], notes: JobNotes) -> Ite
 def _size(training: Training, shards: Sequence[Shard], examples: int, is_exact: bool) -> list[str]:
     size = sum(shard.size for shard in shards)
     return [
-        f"  examples      {'' if is_exact else 'about '}{examples:,} in {len(shards):,} shards",
+        f"  examples      {'' if is_exact else 'about '}{examples:,} in {len(shards):,} shard(s)",
         f"  checkpoints   {len(training.series.checkpoints)}",
         f"  to read       {_bytes(size)}",
     ]

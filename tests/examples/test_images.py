@@ -55,19 +55,22 @@ def test_files_below_folders_and_suffixes_in_capitals(tmp_path):
     assert batch.targets.tolist() == [0, 0, 0, 1, 1]
 
 
-def test_shards_hold_2048_images(tmp_path):
+@pytest.mark.parametrize(
+    ("images", "counts"),
+    [(50, [50]), (150, [64, 64, 22]), (402, [101, 101, 101, 99]), (8200, [2048] * 4 + [8])],
+)
+def test_a_few_shards_at_least_of_2048_images_at_most(tmp_path, images, counts):
     (tmp_path / "a").mkdir()
-    for i in range(2100):
-        (tmp_path / "a" / f"{i:04d}.png").write_bytes(PNG)
+    (tmp_path / "a" / "0000.png").write_bytes(PNG)
+    for i in range(1, images):
+        (tmp_path / "a" / f"{i:04d}.png").hardlink_to(tmp_path / "a" / "0000.png")
     source = ImageExamples(str(tmp_path))
     shards = source.shards()
-    assert [(shard.name, shard.count) for shard in shards] == [
-        ("images-00000-of-00002", 2048),
-        ("images-00001-of-00002", 52),
-    ]
-    batches = list(source.read(shards[1], 50))
-    assert batches[0].example_ids[0] == "a/2048.png"
-    assert [batch.indices.tolist() for batch in batches] == [list(range(50)), [50, 51]]
+    assert [shard.count for shard in shards] == counts
+    assert shards[-1].name == f"images-{len(counts) - 1:05d}-of-{len(counts):05d}"
+    batches = list(source.read(shards[-1], 50))
+    assert batches[0].example_ids[0] == f"a/{sum(counts[:-1]):04d}.png"
+    assert np.concatenate([b.indices for b in batches]).tolist() == list(range(counts[-1]))
 
 
 def test_a_folder_without_images_is_a_class(directory):

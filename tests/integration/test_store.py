@@ -270,7 +270,7 @@ def test_damage_is_found_and_mended(trained, many, stored, tmp_path):
     assert found.returncode == 1
     assert f"shard {file.stem!r}: its factor file has" in found.stderr
     done = tracin("extract", _arguments(trained, many, store))
-    assert "in 4 shards, 3 of them from before" in done.stdout
+    assert "in 4 shard(s), 3 of them from before" in done.stdout
     assert content(store) == content(stored)
 
 
@@ -342,7 +342,7 @@ def test_a_plan_says_what_the_command_does(trained, many, tmp_path):
     plan = tracin("plan", arguments, "--workers=8")
     assert plan.returncode == 0, plan.stderr
     assert "'tracin extract' will take:" in plan.stdout
-    assert f"{ROWS:,} in 4 shards" in plan.stdout
+    assert f"{ROWS:,} in 4 shard(s)" in plan.stdout
     assert "8 workers have 4 shards to share: 4 of them have nothing to do" in plan.stdout
     assert not (tmp_path / "store").exists()
     dry = tracin("self-influence", arguments, "--dry-run")

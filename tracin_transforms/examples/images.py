@@ -20,6 +20,9 @@ from tracin_transforms.storage.remote import refusals_named
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _SHARD_SIZE = 2048
+# A few shards at least, so that workers share even small data.
+_FEWEST_SHARDS = 4
+_SMALLEST_SHARD = 64
 # Files of object stores take long to begin, so several are opened at a time.
 _READERS = 16
 
@@ -162,8 +165,9 @@ def _listing_of(
     images: list[tuple[str, int]], labels: Mapping[str, float], ignored: int
 ) -> _Listing:
     sizes = np.array([size for _, size in images], dtype=np.int64)
-    runs = list(chunks([path for path, _ in images], _SHARD_SIZE))
-    starts = np.arange(len(runs)) * _SHARD_SIZE
+    fair = max(_SMALLEST_SHARD, -(-len(images) // _FEWEST_SHARDS))
+    runs = list(chunks([path for path, _ in images], min(_SHARD_SIZE, fair)))
+    starts = np.arange(len(runs)) * min(_SHARD_SIZE, fair)
     shards = tuple(
         Shard(
             f"images-{i:05d}-of-{len(runs):05d}",

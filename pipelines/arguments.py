@@ -118,6 +118,21 @@ def _add_record_functions(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# What says how the factors of training examples are computed, and those of queries.
+_OF_EXAMPLES = (
+    *("examples", "layers", "precision", "max_bad_examples"),
+    *("loss", "learning_rates", "model_output"),
+)
+_OF_MODELS = (
+    *("checkpoints", "model", "imports", "allow_unsafe_model", "batch_size", "xla"),
+    *("parse", "preprocess"),
+)
+
+
+def _flag(name: str) -> str:
+    return "--import" if name == "imports" else f"--{name.replace('_', '-')}"
+
+
 def check_workers(options: argparse.Namespace) -> str | None:
     """Returns what is wrong with the options about workers, or None."""
     if (options.worker_kind is None) != (options.worker_kinds is None):
@@ -131,11 +146,22 @@ def check_workers(options: argparse.Namespace) -> str | None:
 
 def check_job(options: argparse.Namespace) -> str | None:
     """Returns what is wrong with the options of a job over examples or a store, or None."""
-    if options.store is not None:
-        taken = [f"--{n}" for n in ("examples", "layers", "precision") if getattr(options, n)]
-        return f"{taken[0]} is not for --store, which has its own" if taken else None
-    missing = [f"--{n}" for n in ("checkpoints", "examples") if getattr(options, n) is None]
-    return f"expected {missing[0]}, or --store" if missing else check_workers(options)
+    if options.store is None:
+        missing = [f"--{n}" for n in ("checkpoints", "examples") if getattr(options, n) is None]
+        return f"expected {missing[0]}, or --store" if missing else check_workers(options)
+    queries = getattr(options, "queries", None)
+    if queries is None and (options.dry_run or options.command == "plan"):
+        return (
+            "a plan for --store: expected --queries; self-influence reads sidecars alone, which "
+            "takes seconds"
+        )
+    ignored = [*_OF_EXAMPLES]
+    if queries is None or queries.startswith("store:"):
+        ignored += _OF_MODELS
+    taken = [_flag(name) for name in ignored if getattr(options, name)]
+    if taken:
+        return f"{taken[0]} says how gradient factors are computed, but those of --store are"
+    return check_workers(options)
 
 
 def checkpoints_options(parser: argparse.ArgumentParser) -> None:

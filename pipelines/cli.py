@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AbandonedError as error:
         print(f"tracin: error: {error}", file=sys.stderr)
         _leave(1)
+    except BrokenPipeError:
+        # As with `| head`; Python would complain of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InputError, OSError) as error:
         print(f"tracin: error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """`tracin extract`: fills a factor store."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -10,15 +11,15 @@ import apache_beam as beam
 
 from pipelines.execution import Progress, run_pipeline
 from pipelines.inputs import BLOCK_ROWS, describe_gradients, keras_extractor
-from pipelines.outputs import metrics_line, skipped_line, work_directory
+from pipelines.outputs import WORK, metrics_line, skipped_line, work_directory
 from pipelines.training import FromExamples, known_count, open_training
 from tracin_transforms.beam.extract import Extraction, SharedExtractor
 from tracin_transforms.beam.store import WriteFactors
-from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.protocols import Shard
 from tracin_transforms.storage.checkpoint_series import checkpoint_hash
-from tracin_transforms.storage.factor_store import FactorStore, remove_store
-from tracin_transforms.storage.files import any_path
+from tracin_transforms.storage.factor_store import FactorStore, replaced_store
+from tracin_transforms.storage.files import AnyPath, any_path, others_at_work
+from tracin_transforms.storage.job_notes import JobNotes
 from tracin_transforms.storage.sidecar import Sidecar
 from tracin_transforms.storage.store_description import StoreDescription
 
@@ -33,20 +34,23 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     assert isinstance(training, FromExamples)
     wanted = _described(training, options)
     directory = any_path(options.output).resolve()
-    if options.overwrite:
-        remove_store(directory)
-    store = FactorStore.prepare(directory, wanted)
-    stored = store.stored()
-    groups = _groups(store, stored)
-    if not groups and store.is_finished():
-        return f"Already done: {store.directory} holds these gradient factors."
-    metrics = [
-        _fill(training, store, checkpoint_ids, shards, options, beam_args)
-        for checkpoint_ids, shards in groups.items()
-    ]
-    training.check_unchanged()
-    computed = {shard.name for shards in groups.values() for shard in shards}
-    return _summary(store, store.finish(), metrics, len(computed))
+    making_room = replaced_store(directory) if options.overwrite else contextlib.nullcontext()
+    with making_room, work_directory(directory) as (work, _):
+        store = FactorStore.prepare(directory, wanted, others_at_work(directory, WORK))
+        groups = _groups(store, store.stored(whole=True))
+        if not groups and store.is_finished():
+            return f"Already done: {store.directory} holds these gradient factors."
+        try:
+            metrics = [
+                _fill(training, store, checkpoint_ids, shards, options, beam_args, work)
+                for checkpoint_ids, shards in groups.items()
+            ]
+        except KeyboardInterrupt:
+            store.remove_temporary()
+            raise
+        training.check_unchanged()
+        computed = {shard.name for shards in groups.values() for shard in shards}
+        return _summary(store, store.finish(), metrics, len(computed))
 
 
 def _described(training: FromExamples, options: argparse.Namespace) -> StoreDescription:
@@ -87,17 +91,10 @@ def _fill(
     shards: Sequence[Shard],
     options: argparse.Namespace,
     beam_args: Sequence[str],
+    work: AnyPath,
 ) -> str:
     """Computes some shards at some checkpoints, and returns how it went."""
-    at_hand = {checkpoint.id: checkpoint for checkpoint in training.series.checkpoints}
-    for checkpoint_id in checkpoint_ids:
-        if checkpoint_id not in at_hand:
-            raise InputError(
-                f"store {str(store.directory)!r} lacks factors of checkpoint {checkpoint_id!r} "
-                f"for {len(shards)} shards (first: {shards[0].name}), and this command does not "
-                "name that checkpoint: name all that the store has"
-            )
-    chosen = tuple(at_hand[checkpoint_id] for checkpoint_id in checkpoint_ids)
+    chosen = tuple(c for c in training.series.checkpoints if c.id in checkpoint_ids)
     series = replace(training.series, checkpoints=chosen)
     extractor = SharedExtractor(keras_extractor(series, options))
     to_do = {shard.name for shard in shards}
@@ -105,7 +102,10 @@ def _fill(
     bad = sum(len(sidecar.bad) for sidecar in kept)
     done = sum(sidecar.count for sidecar in kept)
     total = known_count(shards)
-    with work_directory(store.directory) as (_, notes), extractor.loaded():
+    # Its own: another group's blocks have the same names.
+    notes = JobNotes(work / f"notes-{len(checkpoint_ids)}-{checkpoint_ids[0]}")
+    notes.create()
+    with extractor.loaded():
         extraction = Extraction(
             training.source, extractor, BLOCK_ROWS, notes, options.max_bad_examples, bad
         )

@@ -68,7 +68,10 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         )
         metrics = metrics_line(count, ready.size, seconds, len(bad), staging.notes.repeated())
     text = _summary(rows, options.k, len(queries), fewer)
-    return "\n".join([text, *skipped_line(len(bad), output.path), metrics, *_ending(output.path)])
+    notes = skipped_line(len(bad), output.path)
+    if asked.skipped:
+        notes.append(f"{asked.skipped:,} query examples could not be used: see their store.")
+    return "\n".join([text, *notes, metrics, *_ending(output.path)])
 
 
 def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:

@@ -219,4 +219,7 @@ def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBl
 
 def sources(options: argparse.Namespace) -> Callable[[str], ExampleSource]:
     """Returns what makes a source of a SPEC, as the options say examples are to be read."""
+    if options.parse or options.preprocess:
+        # Their modules import it, with all that it prints.
+        start_tensorflow()
     return lambda spec: parse_spec(spec, options.parse, options.preprocess)

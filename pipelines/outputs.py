@@ -20,6 +20,10 @@ from tracin_transforms.storage.files import (
 )
 from tracin_transforms.storage.job_notes import JobNotes
 from tracin_transforms.storage.manifest import FILE_NAME, is_finished
+from tracin_transforms.storage.remote import RemotePath
+
+# Purpose of the directory that a job works in.
+WORK = "work"
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,15 @@ class Staging:
 
 @contextlib.contextmanager
 def work_directory(output: AnyPath) -> Iterator[tuple[AnyPath, JobNotes]]:
-    """Gives a directory beside the output, for intermediate files and the job's notes in it.
+    """Gives a directory for intermediate files, and the job's notes in it.
 
-    It is removed afterwards, and now what dead processes left there.
+    It is removed afterwards, and now what dead processes left beside the output or in it.
 
     Raises:
         InputError: It cannot be written.
     """
-    remove_dead(output.parent)
-    work = StagedDirectory(output, "work")
+    remove_dead(output if isinstance(output, RemotePath) else output.parent)
+    work = StagedDirectory(output, WORK)
     try:
         notes = JobNotes(work.create() / "notes")
         notes.create()

@@ -221,7 +221,10 @@ def _kind(options: argparse.Namespace, sample: Sample) -> WorkerKind:
     if options.worker_kinds is None:
         return WorkerKind("this machine", sample.cores)
     file = existing_file(options.worker_kinds, "--worker-kinds: file")
-    kinds = worker_kinds(file.read_text(encoding="utf-8"))
+    try:
+        kinds = worker_kinds(file.read_text(encoding="utf-8"))
+    except InputError as error:
+        raise InputError(f"--worker-kinds {options.worker_kinds!r}: {error}") from error
     if options.worker_kind not in kinds:
         raise InputError(
             f"--worker-kind {options.worker_kind!r}: expected one of {', '.join(sorted(kinds))}, "

@@ -30,6 +30,8 @@ class ComputedQueries:
     options: argparse.Namespace
     series: CheckpointSeries
     source: ExampleSource
+    # A query that cannot be used ends the job.
+    skipped = 0
 
     def described(self) -> dict[str, Any]:
         """Returns what determines the queries, for a manifest."""
@@ -53,6 +55,11 @@ class StoredQueries:
 
     store: FactorStore
     checkpoint_ids: tuple[str, ...]
+
+    @property
+    def skipped(self) -> int:
+        """How many query examples could not be used when the store was written."""
+        return sum(len(sidecar.bad) for sidecar in self.store.stored().values())
 
     def described(self) -> dict[str, Any]:
         """Returns what determines the queries, for a manifest."""
@@ -88,6 +95,7 @@ def open_queries(
 
 def _stored(options: argparse.Namespace, training: Training) -> StoredQueries:
     store = FactorStore.open(options.queries.removeprefix(_STORE))
+    store.check_finished()
     if options.query_loss is not None:
         raise InputError(
             f"--query-loss {options.query_loss!r}: the queries' gradient factors are in a store "
@@ -95,7 +103,10 @@ def _stored(options: argparse.Namespace, training: Training) -> StoredQueries:
         )
     wanted = training.described()
     names = tuple(checkpoint["id"] for checkpoint in wanted["checkpoints"])
-    store.check_complete(names)
+    try:
+        store.check_complete(names)
+    except InputError as error:
+        raise InputError(f"--queries {options.queries!r}: {error}") from error
     hashes = {c["id"]: c["sha256"] for c in store.description.checkpoints}
     for checkpoint in wanted["checkpoints"]:
         if hashes[checkpoint["id"]] != checkpoint["sha256"]:
@@ -103,7 +114,8 @@ def _stored(options: argparse.Namespace, training: Training) -> StoredQueries:
                 f"--queries {options.queries!r}: its checkpoint {checkpoint['id']!r} is another "
                 "one than that of the training examples: expected the same file"
             )
-    for key in ("model", "output", "layers", "loss", "from_logits", "loss_options"):
+    same = ("model", "output", "layers", "loss", "from_logits", "loss_options", "class_weights")
+    for key in same:
         known, here = wanted[key], store.description.factors[key]
         if known != here:
             raise InputError(

@@ -23,7 +23,13 @@ from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.protocols import BadExample, ExampleSource, Shard, fingerprint
-from tracin_transforms.storage.checkpoint_series import checkpoint_files, checkpoint_hash
+from tracin_transforms.storage.checkpoint_series import (
+    checkpoint_files,
+    checkpoint_hash,
+    is_run,
+    read_checkpoint_series,
+    series_of_files,
+)
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.files import any_path
 from tracin_transforms.storage.job_notes import JobNotes
@@ -238,17 +244,37 @@ def query_options(training: Training, options: argparse.Namespace) -> argparse.N
 
 def _open_store(options: argparse.Namespace) -> FromStore:
     store = FactorStore.open(options.store)
-    series = _series_of_store(store)
-    if options.checkpoints is not None:
-        moved = {c.id: c.path for c in open_series(options).checkpoints}
-        checkpoints = tuple(replace(c, path=moved.get(c.id, c.path)) for c in series.checkpoints)
-        series = replace(series, checkpoints=checkpoints)
-    series, weights = weighted_series(series, options.checkpoint_weights)
+    series, weights = weighted_series(_series_of_store(store), options.checkpoint_weights)
     stored = store.check_complete([checkpoint.id for checkpoint in series.checkpoints])
+    store.check_finished()
+    if options.checkpoints is not None:
+        series = _moved(series, store, options)
     bad = tuple(example for sidecar in stored.values() for example in sidecar.bad)
     count = sum(sidecar.count for sidecar in stored.values())
     size = sum(sidecar.file.size for sidecar in stored.values())
     return FromStore(options, store, series, weights, count, size, bad)
+
+
+def _moved(
+    series: CheckpointSeries, store: FactorStore, options: argparse.Namespace
+) -> CheckpointSeries:
+    """Returns the checkpoints of a store at the places where they are now."""
+    if is_run(options.checkpoints):
+        there = read_checkpoint_series(options.checkpoints)
+    else:
+        there = series_of_files(options.checkpoints, None, loss=series.loss, from_logits=None)
+    places = {checkpoint_hash(checkpoint.path): checkpoint.path for checkpoint in there.checkpoints}
+    hashes = {c["id"]: c["sha256"] for c in store.description.checkpoints}
+    found = []
+    for checkpoint in series.checkpoints:
+        if hashes[checkpoint.id] not in places:
+            raise InputError(
+                f"--checkpoints {options.checkpoints!r}: no file of it is checkpoint "
+                f"{checkpoint.id!r} of store {options.store!r}: expected one with SHA-256 "
+                f"{hashes[checkpoint.id]}"
+            )
+        found.append(replace(checkpoint, path=places[hashes[checkpoint.id]]))
+    return replace(series, checkpoints=tuple(found), model=there.model or series.model)
 
 
 def _series_of_store(store: FactorStore) -> CheckpointSeries:

@@ -1,5 +1,6 @@
 """A factor store as users fill and ask it; and what kills, full disks and damage do to it."""
 
+import contextlib
 import json
 import os
 import random
@@ -124,7 +125,7 @@ def test_a_run_that_was_moved(trained, many, tmp_path):
     next((tmp_path / "moved").glob("*.keras")).write_bytes(b"other")
     shutil.rmtree(tmp_path / "out")
     other = tracin("influence", asked | {"--checkpoints": tmp_path / "moved"})
-    assert "is not the file that store" in other.stderr
+    assert "no file of it is checkpoint" in other.stderr
 
 
 def test_the_guide_reads_a_factor_file_with_pyarrow_alone(stored):
@@ -194,11 +195,18 @@ def long_job(trained, tmp_path_factory):
     return arguments
 
 
+def _running(directory):
+    """Returns the notes of shards at work; none where they are just being removed."""
+    with contextlib.suppress(FileNotFoundError):
+        return list(directory.glob(".*/notes-*/running/*"))
+    return []
+
+
 def _killed(arguments, directory, seconds, more):
     """Starts an extraction, and kills all its processes so many seconds into its work."""
     line = [TRACIN, "extract", *(f"{k}={v}" for k, v in arguments.items()), *more]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True)
-    while process.poll() is None and not any(directory.glob(".*/notes/running/*")):
+    while process.poll() is None and not _running(directory):
         os.sched_yield()
     try:
         process.wait(timeout=seconds)
@@ -232,6 +240,42 @@ def test_kills_at_random_moments_lose_nothing(long_job, tmp_path, more):
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
+def test_an_interrupt_leaves_no_half_file(long_job, tmp_path):
+    arguments = long_job | {"--output": tmp_path / "store"}
+    line = [TRACIN, "extract", *(f"{k}={v}" for k, v in arguments.items())]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("store/examples/[!.]*")):
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert "'tracin extract' goes on" in errors
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+    unfinished = {"--store": tmp_path / "store", "--output": tmp_path / "out"}
+    refused = tracin("self-influence", unfinished)
+    assert "run the same 'tracin extract' again to fill them" in refused.stderr
+
+
+def test_what_fails_first_does_not_bind(trained, many, stored, tmp_path):
+    """A forgotten option, corrected; and a finished store that a failed overwriting leaves."""
+    store = tmp_path / "store"
+    arguments = _arguments(trained, many, store)
+    failed = tracin("extract", arguments, "--preprocess=numpy:sum")
+    assert failed.returncode == 1
+    assert tracin("extract", arguments).returncode == 0
+    assert content(store) == content(stored)
+    failed = tracin("extract", arguments, "--preprocess=numpy:sum", "--overwrite")
+    assert failed.returncode == 1
+    assert content(store) == content(stored)
+    replaced = tracin("extract", arguments, "--dtype=float32", "--overwrite")
+    assert replaced.returncode == 0, replaced.stderr
+    (store / "factors" / "mine.txt").write_text("mine")
+    refused = tracin("extract", arguments, "--overwrite")
+    assert "holds 'factors/mine.txt', which is no part of the store" in refused.stderr
+    assert (store / "factors" / "mine.txt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}
+
+
 def test_two_at_once_do_no_harm(trained, many, stored, tmp_path):
     arguments = _arguments(trained, many, tmp_path / "store")
     line = [TRACIN, "extract", *(f"{k}={v}" for k, v in arguments.items())]
@@ -249,7 +293,7 @@ def test_a_worker_process_that_dies_names_its_shard(trained, many, tmp_path):
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     # The killed process holds a shard at this moment, or had one; both end the job or not.
     while process.poll() is None:
-        running = [p.name.split("~") for p in tmp_path.glob(".*/notes/running/*")]
+        running = [path.name.split("~") for path in _running(tmp_path)]
         if running:
             os.kill(int(running[0][1]), signal.SIGKILL)
             break

@@ -69,7 +69,7 @@ def test_versions(capsys):
     [
         (["--workers=2", "--worker-kind=a"], "expected both --worker-kind and --worker-kinds"),
         (["--worker-kind=a", "--worker-kinds=b"], "--worker-kind: expected --workers, too"),
-        (["--store=s"], "--examples is not for --store"),
+        (["--store=s", "--queries=npz:q"], "--examples says how gradient factors are computed"),
     ],
 )
 def test_options_that_do_not_fit_each_other(more, message, capsys):

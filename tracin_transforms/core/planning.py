@@ -105,6 +105,14 @@ def _worker_kind(name: str, entry: dict[str, Any], document: dict[str, Any]) -> 
             f"worker kind {name!r} has a price: expected the table to have 'date', 'source' and "
             "'currency', too"
         )
+    for key in entry:
+        if key not in ("cores", "speed", "price_per_hour") or not isinstance(
+            entry[key], int | float
+        ):
+            raise InputError(
+                f"worker kind {name!r}: {key!r} is {entry[key]!r}, expected the numbers 'cores', "
+                "'speed' and 'price_per_hour'"
+            )
     kind = WorkerKind(
         name,
         int(entry["cores"]),

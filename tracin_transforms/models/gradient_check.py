@@ -60,7 +60,8 @@ def check_gradients(
                 f"checkpoint {factors.checkpoint_id!r}: the factored gradients of layer "
                 f"{layer.name!r} with loss {loss.name!r} differ from automatic differentiation "
                 f"by {difference:.3g}, where the largest entry is {largest:.3g}: "
-                f"{_likely_cause(chosen, found, expected, loss.formula is None)}"
+                f"{_likely_cause(chosen, found, expected, loss.formula is None)}; or the rounding "
+                "of a deep network, which --precision float64 avoids"
             )
 
 

@@ -13,9 +13,11 @@ itself with the same bytes.
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,12 @@ from tracin_transforms.storage.factor_shard import ShardPaths, StoredShard
 from tracin_transforms.storage.files import (
     AnyPath,
     any_path,
-    is_temporary,
+    files_below,
+    is_temporary_name,
     remove_dead,
     remove_tree,
     sha256,
+    temporary_name,
     version,
     written_atomically,
     written_once,
@@ -45,7 +49,6 @@ from tracin_transforms.storage.sidecar import Sidecar, read_sidecar
 from tracin_transforms.storage.store_description import FORMAT, StoreDescription
 
 _FILE_NAME = "store.json"
-_PARTS = {_FILE_NAME, MANIFEST, "factors", "examples"}
 _READERS = 16
 
 
@@ -77,44 +80,56 @@ class FactorStore:
             )
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
-            known = document["format"]
+            if document["format"] != FORMAT:
+                raise InputError(
+                    f"{str(file)!r} has format {document['format']}, expected {FORMAT}"
+                )
+            return cls(path, StoreDescription.from_json(document))
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{str(file)!r} is damaged: {error}") from error
-        if known != FORMAT:
-            raise InputError(f"{str(file)!r} has format {known}, expected {FORMAT}")
-        return cls(path, StoreDescription.from_json(document))
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{str(file)!r} is damaged: {error!r}") from error
 
     @classmethod
-    def prepare(cls, directory: AnyPath, wanted: StoreDescription) -> "FactorStore":
+    def prepare(
+        cls, directory: AnyPath, wanted: StoreDescription, others: bool = False
+    ) -> "FactorStore":
         """Returns the store in a directory, made or extended to hold what is wanted.
 
-        What dead processes left half written is removed.
+        What dead processes left half written is removed. Nothing is changed where the wanted
+        factors do not belong into the store.
+
+        Args:
+            directory: Where the store is, or is to be.
+            wanted: What it is to hold, beside what it holds.
+            others: Whether another process is filling it now.
 
         Raises:
             InputError: The directory holds something else, or factors of another kind.
         """
-        if directory.exists() and not directory.is_dir():
-            raise InputError(f"output {str(directory)!r} is a file: expected a directory")
-        if not (directory / _FILE_NAME).is_file():
-            foreign = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
-            if [name for name in foreign if not name.startswith(".")]:
-                raise InputError(
-                    f"output {str(directory)!r} is not empty and holds no factor store: choose "
-                    "another directory"
-                )
+        _check_is_store_or_empty(directory)
         store = cls(directory, wanted)
         try:
             for part in (store._factors, store._examples):
                 part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output {str(directory)!r} cannot be written: {error}") from error
-        for part in (directory, store._factors, store._examples):
+        for part in (store._factors, store._examples):
             remove_dead(part)
         if written_once(directory / _FILE_NAME, _as_text(wanted.to_json())):
             return store
         known = cls.open(directory)
+        stored = {name: s.layout.checkpoint_ids for name, s in known.stored().items()}
         try:
-            joined = known.description.joined(wanted)
+            joined = wanted
+            # A first try that came to nothing does not bind the next one.
+            if stored or others:
+                joined = known.description.extended(wanted, stored)
+            if others and joined.to_json() != known.description.to_json():
+                raise InputError(
+                    "is being filled by another run with other checkpoints or shards: wait for "
+                    "its end, or choose another directory"
+                )
         except InputError as error:
             raise InputError(f"output {str(directory)!r} {error}") from error
         # As both are written: files may lie elsewhere now.
@@ -132,11 +147,14 @@ class FactorStore:
         """Returns a shard, without its factors."""
         return StoredShard.open(self.paths(name))
 
-    def stored(self) -> dict[str, Sidecar]:
+    def stored(self, whole: bool = False) -> dict[str, Sidecar]:
         """Returns the complete shards by name, without their rows.
 
         A shard is complete when its sidecar is there and its factor file has the size that the
-        sidecar says; it may lack checkpoints. A damaged sidecar counts as none.
+        sidecar says; it may lack checkpoints.
+
+        Args:
+            whole: Read sidecars to the end, so that one that is damaged anywhere counts as none.
         """
         there = {path.name for path in self._examples.iterdir()} if self._examples.is_dir() else ()
         sizes = {path.name: size for path, size in _files(self._factors)}
@@ -146,7 +164,7 @@ class FactorStore:
             if paths.sidecar.name not in there or paths.factors.name not in sizes:
                 return None
             with contextlib.suppress(InputError, FileNotFoundError):
-                found = read_sidecar(paths.sidecar, with_rows=False)
+                found = replace(read_sidecar(paths.sidecar, with_rows=whole), rows=None)
                 same = (found.shard.count, found.shard.size) == (shard.count, shard.size)
                 if same and found.file.size == sizes[paths.factors.name]:
                     return found
@@ -204,6 +222,19 @@ class FactorStore:
                 )
         return stored
 
+    def remove_temporary(self) -> None:
+        """Removes what this process, which is about to end, and dead ones left half written."""
+        for part in (self.directory, self._factors, self._examples):
+            remove_dead(part, own=True)
+
+    def check_finished(self) -> None:
+        """Raises InputError if the command that fills the store did not come to its end."""
+        if not self.is_finished():
+            raise InputError(
+                f"store {str(self.directory)!r} is not finished: run the same 'tracin extract' "
+                "again"
+            )
+
     def is_finished(self) -> bool:
         """Returns whether the manifest is that of this very store."""
         if not (self.directory / MANIFEST).is_file():
@@ -215,7 +246,8 @@ class FactorStore:
         """Returns the SHA-256 of each shard's sidecar, None where there is no manifest."""
         if not (self.directory / MANIFEST).is_file():
             return None
-        return {name: digest for name, _, _, digest in read_manifest(self.directory)["shards"]}
+        shards = read_manifest(self.directory).get("shards", [])
+        return {name: digest for name, _, _, digest in shards}
 
     @property
     def _run(self) -> dict[str, Any]:
@@ -262,24 +294,62 @@ class FactorStore:
         return self.directory / "examples"
 
 
-def remove_store(directory: AnyPath) -> None:
-    """Removes the store in a directory, if there is one.
+@contextlib.contextmanager
+def replaced_store(directory: AnyPath) -> Iterator[None]:
+    """Makes room for another store in place of the one in a directory, if there is one.
+
+    Where the block fails before a shard of the new store is complete, the old one is there again;
+    in an object store, it is gone.
 
     Raises:
         InputError: The directory holds something else, too.
     """
     if not (directory / _FILE_NAME).is_file():
+        yield
         return
-    for path in directory.iterdir():
-        if not (path.name in _PARTS or path.name.startswith("skipped-") or is_temporary(path)):
+    _check_replaceable(directory)
+    if isinstance(directory, RemotePath):
+        remove_tree(directory)
+        yield
+        return
+    aside = directory.with_name(temporary_name(".old"))
+    directory.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if not any((directory / "examples").glob("[!.]*")):
+            shutil.rmtree(directory, ignore_errors=True)
+            aside.rename(directory)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_is_store_or_empty(directory: AnyPath) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output {str(directory)!r} is a file: expected a directory")
+    if (directory / _FILE_NAME).is_file() or not directory.is_dir():
+        return
+    if [path.name for path in directory.iterdir() if not path.name.startswith(".")]:
+        raise InputError(
+            f"output {str(directory)!r} is not empty and holds no factor store: choose another "
+            "directory"
+        )
+
+
+def _check_replaceable(directory: AnyPath) -> None:
+    """Raises InputError if a directory holds more than a store."""
+    suffixes = {"factors": ".arrow", "examples": ".parquet"}
+    for path, _ in files_below(directory):
+        name = str(path).removeprefix(f"{directory}/")
+        part, _, rest = name.partition("/")
+        is_shard = part in suffixes and rest.endswith(suffixes[part]) and "/" not in rest
+        is_own = name in (_FILE_NAME, MANIFEST) or re.fullmatch(r"skipped-.*\.parquet", name)
+        if not (is_shard or is_own or any(map(is_temporary_name, name.split("/")))):
             raise InputError(
-                f"output {str(directory)!r} holds {path.name!r}, which is no part of the store: "
-                "move it away or choose another directory"
+                f"output {str(directory)!r} holds {name!r}, which is no part of the store: move it "
+                "away or choose another directory"
             )
-    # What it is goes last: a store that is half removed can be removed again.
-    parts: list[AnyPath] = list(directory.iterdir())
-    for path in sorted(parts, key=lambda path: path.name == _FILE_NAME):
-        remove_tree(path)
 
 
 def _files(directory: AnyPath) -> list[tuple[AnyPath, int]]:

@@ -119,26 +119,67 @@ def temporary_name(suffix: str = "") -> str:
 
 def is_temporary(path: AnyPath) -> bool:
     """Returns whether a file has a name of `temporary_name`."""
-    return _TEMPORARY.fullmatch(path.name) is not None
+    return is_temporary_name(path.name)
 
 
-def remove_dead(directory: AnyPath) -> None:
-    """Removes what dead processes left under temporary names directly in a directory."""
-    if isinstance(directory, RemotePath) or not directory.is_dir():
-        # Object stores have no temporary files: a file appears there when it is complete.
-        return
-    for path in directory.iterdir():
-        found = _TEMPORARY.fullmatch(path.name)
-        if found is None:
-            continue
+def is_temporary_name(name: str) -> bool:
+    """Returns whether a name is one of `temporary_name`."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_dead(directory: AnyPath, own: bool = False) -> None:
+    """Removes what dead processes left under temporary names directly in a directory.
+
+    Args:
+        directory: Where to look.
+        own: This process is about to end: what it left, too.
+    """
+    paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
+    for path in paths:
         # Others may remove it, too, or it may be finished meanwhile.
         with contextlib.suppress(FileNotFoundError):
-            if found["host"] == socket.gethostname():
-                is_dead = not psutil.pid_exists(int(found["pid"]))
-            else:
-                is_dead = time.time() - path.stat().st_mtime > _FOREIGN_SECONDS
-            if is_dead:
+            if is_temporary(path) and (not _is_alive(path) or (own and _pid(path) == os.getpid())):
                 remove_tree(path)
+
+
+def others_at_work(output: AnyPath, purpose: str) -> bool:
+    """Returns whether another process has a `StagedDirectory` of that purpose for an output."""
+    place = _staging_place(output)
+    paths: list[AnyPath] = list(place.iterdir()) if place.is_dir() else []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            same = is_temporary(path) and path.name.endswith(f".{output.name}.{purpose}")
+            if same and _is_alive(path) and _pid(path) != os.getpid():
+                return True
+    return False
+
+
+def _is_alive(path: AnyPath) -> bool:
+    """Returns whether the process that gave a temporary name may still be at it."""
+    found = _TEMPORARY.fullmatch(path.name)
+    assert found is not None
+    if found["host"] == socket.gethostname():
+        return psutil.pid_exists(int(found["pid"]))
+    if isinstance(path, RemotePath):
+        changed = max((version(file)[1] for file, _ in path.files()), default=0) / 1e9
+    else:
+        changed = path.stat().st_mtime
+    return time.time() - changed < _FOREIGN_SECONDS
+
+
+def _pid(path: AnyPath) -> int | None:
+    """Returns the process of this machine that gave a temporary name, or None."""
+    found = _TEMPORARY.fullmatch(path.name)
+    assert found is not None
+    return int(found["pid"]) if found["host"] == socket.gethostname() else None
+
+
+def _staging_place(output: AnyPath) -> AnyPath:
+    """Returns where an output's staging directories are: beside it, so that it can be moved.
+
+    Object stores move file by file; there they are within it, where they are easily found.
+    """
+    return output if isinstance(output, RemotePath) else output.parent
 
 
 def remove_tree(path: AnyPath) -> None:
@@ -262,7 +303,7 @@ def fetched(path: AnyPath) -> Path:
 
 
 class StagedDirectory:
-    """An output directory that is filled beside its place and moved there when it is complete.
+    """An output directory that is filled elsewhere and moved into place when it is complete.
 
     Args:
         output: Where the complete directory is to be.
@@ -271,7 +312,7 @@ class StagedDirectory:
 
     def __init__(self, output: AnyPath, purpose: str = "partial") -> None:
         self.output = output
-        self.path: AnyPath = output.with_name(temporary_name(f".{output.name}.{purpose}"))
+        self.path: AnyPath = _staging_place(output) / temporary_name(f".{output.name}.{purpose}")
 
     def create(self) -> AnyPath:
         """Makes the empty staging directory and returns it.
@@ -331,7 +372,9 @@ class StagedDirectory:
 
 def _publish_remote(staged: RemotePath, output: RemotePath, last: str) -> None:
     (output / last).unlink(missing_ok=True)
-    output.rmtree()
     files = [file for file, _ in staged.files()]
+    for path in output.iterdir():
+        if not is_temporary(path):
+            remove_tree(path)
     for file in sorted(files, key=lambda file: file.name == last):
         file.rename(output / file.uri.removeprefix(f"{staged.uri}/"))

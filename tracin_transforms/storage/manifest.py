@@ -5,7 +5,13 @@ import json
 from typing import Any
 
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.storage.files import AnyPath, files_below, is_temporary, written_atomically
+from tracin_transforms.storage.files import (
+    AnyPath,
+    files_below,
+    is_temporary,
+    is_temporary_name,
+    written_atomically,
+)
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -72,7 +78,8 @@ def is_finished(output: AnyPath, run: dict[str, Any], overwrite: bool = False) -
         raise InputError(f"output {str(output)!r} is a file: expected a directory")
     if output.is_mount():
         raise InputError(f"output {str(output)!r} is a mount point: choose a directory in it")
-    if not output.exists() or not any(output.iterdir()):
+    paths: list[AnyPath] = list(output.iterdir()) if output.exists() else []
+    if all(is_temporary(path) for path in paths):
         return False
     if not (output / FILE_NAME).is_file():
         raise InputError(
@@ -112,9 +119,12 @@ def _files(directory: AnyPath) -> list[str]:
 
     The manifest is left out, and temporary files, which other runs may have there.
     """
-    files = (path for path, _ in files_below(directory) if not is_temporary(path))
-    names = (str(path).removeprefix(f"{directory}/") for path in files)
-    return sorted(name for name in names if name != FILE_NAME)
+    names = (str(path).removeprefix(f"{directory}/") for path, _ in files_below(directory))
+    return sorted(
+        name
+        for name in names
+        if name != FILE_NAME and not any(map(is_temporary_name, name.split("/")))
+    )
 
 
 def _check_replaceable(output: AnyPath, manifest: dict[str, Any]) -> None:

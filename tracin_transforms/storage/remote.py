@@ -241,13 +241,11 @@ def refusals_named(path: Path | RemotePath, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError as error:
-        if what == "written":
-            raise InputError(f"{str(path)!r} cannot be {what}: {error}") from error
-        raise
     except (OSError, ArrowException) as error:
         # Google's client adds a page of metadata.
         reason = str(error).partition(" error_info=")[0]
+        if isinstance(error, FileNotFoundError) and what != "written":
+            raise FileNotFoundError(f"{str(path)!r} is not there: {reason}") from error
         raise InputError(f"{str(path)!r} cannot be {what}: {reason}") from error
 
 

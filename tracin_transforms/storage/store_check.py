@@ -33,11 +33,7 @@ def problems(store: FactorStore) -> Iterator[str]:
         ids = []
         for shard, (problem, example_ids) in zip(store.description.shards, found, strict=True):
             if problem is not None:
-                yield (
-                    f"shard {shard.name!r}: {problem}; remove "
-                    f"{str(store.paths(shard.name).sidecar)!r} and run the same 'tracin extract' "
-                    "again, which computes the shard anew"
-                )
+                yield f"shard {shard.name!r}: {problem}"
             ids.append(example_ids)
     try:
         check_unique(np.concatenate(ids))
@@ -50,25 +46,28 @@ def _check(
 ) -> tuple[str | None, np.ndarray]:
     """Returns what is wrong with a shard, or None, and its example ids."""
     paths = store.paths(shard.name)
+    again = "run the same 'tracin extract' again"
+    anew = f"remove {str(paths.sidecar)!r} and {again}, which computes the shard anew"
     nothing = np.empty(0, dtype="U1")
     try:
         stored = store.shard(shard.name)
     except FileNotFoundError:
-        return "it is missing", nothing
+        return f"it is missing; {again}", nothing
     except InputError as error:
         return str(error), nothing
     ids = stored.rows.example_ids
     if known is not None and sha256(paths.sidecar) != known.get(shard.name):
-        return "its sidecar is not the one that the manifest names", ids
+        return f"its sidecar is not the one that the manifest names; {anew}", ids
     lacking = {*store.description.checkpoint_ids} - {*stored.sidecar.layout.checkpoint_ids}
     if lacking:
-        return f"it has no factors at checkpoint {min(lacking)!r}", ids
+        return f"it has no factors at checkpoint {min(lacking)!r}; {again}", ids
     try:
-        return _check_factors(stored), ids
+        problem = _check_factors(stored)
     except FileNotFoundError:
-        return "its factor file is missing", ids
+        problem = "its factor file is missing"
     except (InputError, pa.ArrowException) as error:
-        return str(error), ids
+        problem = str(error)
+    return problem and f"{problem}; {anew}", ids
 
 
 def _check_factors(shard: StoredShard) -> str | None:

@@ -1,5 +1,6 @@
 """What the gradient factors of a store are of, and whether others belong into the same one."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,31 +63,60 @@ class StoreDescription:
             document["loading"],
         )
 
-    def joined(self, other: "StoreDescription") -> "StoreDescription":
+    def extended(
+        self, wanted: "StoreDescription", stored: Mapping[str, Collection[str]]
+    ) -> "StoreDescription":
         """Returns the description of a store that holds what both describe.
 
+        What no shard holds in full and is not wanted any more is left out: shards that were
+        never complete, and checkpoints that some shards lack.
+
+        Args:
+            wanted: What a command would add.
+            stored: The ids of the checkpoints of each shard that is there.
+
         Raises:
-            InputError: The two do not belong into one store; the message says what differs.
+            InputError: The two do not belong into one store, or what is wanted would leave shards
+                without some of the checkpoints; the message says what differs.
         """
-        found = differences(self.factors, other.factors)
+        self._check_same(wanted, stored)
+        ids = set(wanted.checkpoint_ids)
+        kept = [
+            c
+            for c in self.checkpoints
+            if c["id"] not in ids and all(c["id"] in there for there in stored.values())
+        ]
+        new = [shard.name for shard in wanted.shards if shard.name not in stored]
+        if kept and new:
+            raise InputError(
+                f"has factors at checkpoint {kept[0]['id']!r}, too, which this command does not "
+                f"name, and no factors of {len(new)} of its shards (first: {new[0]}): name all "
+                "checkpoints of the store"
+            )
+        checkpoints = [*kept, *wanted.checkpoints]
+        return StoreDescription(
+            self.factors,
+            tuple(sorted(checkpoints, key=lambda c: (c["step"], c["id"]))),
+            wanted.shards,
+            self.loading,
+        )
+
+    def _check_same(
+        self, wanted: "StoreDescription", stored: Mapping[str, Collection[str]]
+    ) -> None:
+        found = differences(self.factors, wanted.factors)
         for kind in ("checkpoints", "shards"):
-            known, wanted = self._by_name(kind), other._by_name(kind)
-            for name in known.keys() & wanted.keys():
-                found += differences(known[name], wanted[name], f"{kind[:-1]} {name!r}")
-        gone = self._by_name("shards").keys() - other._by_name("shards").keys()
+            known, others = self._by_name(kind), wanted._by_name(kind)
+            for name in known.keys() & others.keys():
+                if kind == "checkpoints" or name in stored:
+                    found += differences(known[name], others[name], f"{kind[:-1]} {name!r}")
+        gone = stored.keys() - wanted._by_name("shards").keys()
         found += [f"shard {name!r} is not among the examples here" for name in sorted(gone)[:1]]
         if found:
             raise InputError(
                 f"holds other gradient factors: {'; '.join(sorted(found)[:3])}. Choose another "
-                "directory"
+                "directory, or replace it with --overwrite"
             )
-        checkpoints = {c["id"]: c for c in (*self.checkpoints, *other.checkpoints)}
-        return StoreDescription(
-            self.factors,
-            tuple(sorted(checkpoints.values(), key=lambda c: (c["step"], c["id"]))),
-            other.shards,
-            self.loading,
-        )
 
     def _by_name(self, kind: str) -> dict[str, Any]:
         if kind == "shards":

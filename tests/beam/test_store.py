@@ -171,6 +171,31 @@ def test_a_shard_that_lost_examples_is_noticed(tmp_path):
         _fill(tmp_path, ShortSource(N, 2))
 
 
+@dataclass(frozen=True)
+class FailingSource(ArraySource):
+    """Fails in the second shard."""
+
+    error: type[Exception] = ValueError
+
+    def read(self, shard, batch_size):
+        if shard.name == "shard-1":
+            raise self.error("no luck")
+        yield from super().read(shard, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (OSError, InputError, "shard 'shard-1' cannot be read: no luck"),
+        (ValueError, RuntimeError, "shard 'shard-1' cannot be read: ValueError: no luck"),
+        (InputError, InputError, "^no luck"),
+    ],
+)
+def test_what_goes_wrong_in_reading_names_the_shard(tmp_path, error, raised, message):
+    with pytest.raises(raised, match=message):
+        _fill(tmp_path, FailingSource(N, 3, error=error))
+
+
 def test_a_complete_shard_is_left_alone(tmp_path):
     """As when another run, or the same one a second time, comes to it."""
     source = ArraySource(N, 4)

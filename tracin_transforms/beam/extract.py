@@ -104,7 +104,7 @@ class Extraction:
         self, loaded: LoadedExtractor, shard: Shard, bad: list[BadExample]
     ) -> Iterator[FactorBlock]:
         examples = 0
-        for batch in self.source.read(shard, loaded.block_rows(self.block_rows)):
+        for batch in self._read(shard, loaded.block_rows(self.block_rows)):
             examples += len(batch) + len(batch.bad)
             block, found = _extracted_batch(loaded, batch)
             if found:
@@ -117,6 +117,19 @@ class Extraction:
                 f"shard {shard.name!r} has {examples} examples, expected {shard.count}: did its "
                 "file change?"
             )
+
+    def _read(self, shard: Shard, rows: int) -> Iterator[ExampleBatch]:
+        """Yields the shard's batches; what goes wrong in reading names it."""
+        try:
+            yield from self.source.read(shard, rows)
+        except (InputError, MemoryError):
+            raise
+        except OSError as error:
+            raise InputError(f"shard {shard.name!r} cannot be read: {error}") from error
+        except Exception as error:
+            # A defect, perhaps in a source of the user's own.
+            what = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"shard {shard.name!r} cannot be read: {what}") from error
 
     def _note(self, found: Sequence[BadExample]) -> None:
         number = len(found)

@@ -34,16 +34,26 @@ class Progress:
         total: Number of examples, those done before included; None where it is not known.
         done: Examples done before, by an earlier run.
         shard_seconds: How long a shard may take; None for any time.
+        shards: Number of shards that a store will have; None for a job that fills none.
+        shards_done: Shards of it that are there already.
     """
 
     notes: JobNotes
     total: int | None
     done: int = 0
     shard_seconds: float | None = None
+    shards: int | None = None
+    shards_done: int = 0
 
     def examples(self) -> int:
         """Returns the number of examples done so far."""
         return self.done + self.notes.examples()
+
+    def stored(self) -> str:
+        """Returns how many shards would survive the end of the job now, if it fills a store."""
+        if self.shards is None:
+            return ""
+        return f"{self.shards_done + self.notes.shards_stored()} of {self.shards} shards stored"
 
 
 def run_pipeline(
@@ -142,11 +152,13 @@ def _wait(
                 return error
             watch.check()
             finished = progress.examples()
+            bar.set_postfix_str(progress.stored(), refresh=False)
             bar.update(finished - bar.n)
             if not on_terminal and time.monotonic() - logged >= _LOG_SECONDS:
                 logged = time.monotonic()
                 line = _log_line(finished, progress, logged - start)
-                print(f"{line}{watch.running()}", file=terminal)
+                parts = [line, progress.stored(), watch.running()]
+                print("; ".join(filter(None, parts)), file=terminal)
 
 
 class _ShardWatch:
@@ -180,7 +192,7 @@ class _ShardWatch:
         names = sorted(shard.shard for shard in self._since)
         if not names:
             return ""
-        return f"; at {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"
+        return f"at {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"
 
 
 def _log_line(finished: int, progress: Progress, seconds: float) -> str:

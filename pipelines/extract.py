@@ -115,7 +115,12 @@ def _fill(
             _ = pipeline | "Shards" >> beam.Create(shards) | write
 
         progress = Progress(
-            notes, None if total is None else done + total, done, options.shard_timeout
+            notes,
+            None if total is None else done + total,
+            done,
+            options.shard_timeout,
+            len(kept) + len(shards),
+            len(kept),
         )
         seconds = run_pipeline(build, beam_args, progress)
         size = sum(shard.size for shard in shards)

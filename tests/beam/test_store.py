@@ -87,6 +87,7 @@ def test_a_store_gives_the_blocks_that_were_computed(tmp_path, shards):
     source = ArraySource(N, shards)
     store = _fill(tmp_path, source)
     assert store.finish()["examples"] == N
+    assert JobNotes(tmp_path / "notes").shards_stored() == shards
     expected = _expected(source)
     found = concatenate_blocks([read(store, shard.name) for shard in source.shards()])
     assert_same(found, expected, rtol=0)

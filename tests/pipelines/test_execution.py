@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import apache_beam as beam
+import numpy as np
 import pytest
 
 from pipelines.execution import Progress, as_input_error, run_pipeline
@@ -40,6 +41,17 @@ def _progress(directory, **more):
     notes = JobNotes(directory)
     notes.create()
     return Progress(notes, 1, **more)
+
+
+def test_progress_tells_what_would_survive(tmp_path):
+    progress = _progress(tmp_path, done=100, shards=5, shards_done=2)
+    assert progress.stored() == "2 of 5 shards stored"
+    progress.notes.finished("a", 0, np.array(["x", "y"]))
+    assert (progress.examples(), progress.stored()) == (102, "2 of 5 shards stored")
+    for _ in range(2):
+        progress.notes.stored("a")
+    assert progress.stored() == "3 of 5 shards stored"
+    assert _progress(tmp_path).stored() == ""
 
 
 def _script(body):

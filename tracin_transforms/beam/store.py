@@ -68,6 +68,8 @@ class _WriteShard(beam.DoFn):
                 writer.add(block)
                 self._examples.inc(len(block))
             sidecar = writer.finish(bad)
+        if self._extraction.notes is not None:
+            self._extraction.notes.stored(shard.name)
         self._bytes.inc(sidecar.file.size)
         yield shard.name
 

@@ -47,7 +47,7 @@ class JobNotes:
 
     def create(self) -> None:
         """Makes the directories."""
-        for part in ("blocks", "running", "begun", "bad"):
+        for part in ("blocks", "running", "begun", "bad", "stored"):
             (self.directory / part).mkdir(parents=True, exist_ok=True)
 
     def finished(self, shard: str, start: int, example_ids: np.ndarray) -> None:
@@ -109,6 +109,14 @@ class JobNotes:
         """Returns how often a shard was begun again, as after a worker died."""
         shards = [path.name.rpartition("~")[0] for path in (self.directory / "begun").iterdir()]
         return len(shards) - len(set(shards))
+
+    def stored(self, shard: str) -> None:
+        """Notes that a shard is complete in a store."""
+        mark(self.directory / "stored" / shard)
+
+    def shards_stored(self) -> int:
+        """Returns the number of shards that are complete in a store."""
+        return sum(1 for _ in (self.directory / "stored").iterdir())
 
     def all_running(self) -> list[Running]:
         """Returns the shards that processes are working on, or were when they died."""

@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from tests.examples.writers import (
+    FORMS,
     random_images,
-    write_image_files,
-    write_npz,
-    write_parquet,
-    write_tfds,
-    write_tfrecords,
 )
 from tracin_transforms.core.protocols import ExampleBatch, fingerprint
 from tracin_transforms.examples.lookup import find_examples
@@ -50,14 +46,6 @@ def _all(source, batch_size=128) -> ExampleBatch:
     )
 
 
-FORMS = {
-    "npz": lambda path, images, shards: write_npz(path, images),
-    "tfrecord": write_tfrecords,
-    "tfrecord.gz": lambda *a: write_tfrecords(*a, suffix=".tfrecord.gz"),
-    "parquet": write_parquet,
-    "images": lambda path, images, shards: write_image_files(path / "images", images),
-    "tfds": lambda path, images, shards: write_tfds(path, {"train": (images, shards)}),
-}
 SHARDED = ("tfrecord", "tfrecord.gz", "parquet", "tfds")
 
 

@@ -182,3 +182,14 @@ def _tfds_records(features: object, images: Images, rows: slice) -> Sequence[byt
         )
         for pixels, label, name in values
     ]
+
+
+# How a SPEC comes of a directory, images and a number of shards.
+FORMS = {
+    "npz": lambda path, images, shards: write_npz(path, images),
+    "tfrecord": write_tfrecords,
+    "tfrecord.gz": lambda *a: write_tfrecords(*a, suffix=".tfrecord.gz"),
+    "parquet": write_parquet,
+    "images": lambda path, images, shards: write_image_files(path / "images", images),
+    "tfds": lambda path, images, shards: write_tfds(path, {"train": (images, shards)}),
+}

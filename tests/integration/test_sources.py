@@ -7,15 +7,12 @@ import pytest
 
 from tests.examples.writers import (
     CLASSES,
+    FORMS,
     encoded_image,
     random_images,
     record,
     serialized,
-    write_image_files,
     write_npz,
-    write_parquet,
-    write_tfds,
-    write_tfrecords,
 )
 from tests.integration.conftest import tracin
 from tracin_transforms.core.factors import concatenate_blocks
@@ -25,14 +22,6 @@ from tracin_transforms.models.recorder import CheckpointRecorder
 from tracin_transforms.storage.checkpoint_series import read_checkpoint_series
 
 COUNT = 2000
-FORMS = {
-    "npz": lambda path, images, shards: write_npz(path, images),
-    "tfrecord": write_tfrecords,
-    "tfrecord.gz": lambda *a: write_tfrecords(*a, suffix=".tfrecord.gz"),
-    "parquet": write_parquet,
-    "images": lambda path, images, shards: write_image_files(path / "images", images),
-    "tfds": lambda path, images, shards: write_tfds(path, {"train": (images, shards)}),
-}
 
 
 @pytest.fixture(scope="module")

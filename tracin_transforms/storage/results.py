@@ -12,6 +12,7 @@ from tracin_transforms.core.example_ids import check_unique
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.protocols import BadExample
 from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
+from tracin_transforms.storage.columns import as_column
 from tracin_transforms.storage.files import AnyPath, written_atomically
 from tracin_transforms.storage.sidecar import Rows
 
@@ -40,10 +41,10 @@ def write_scores(
     """
     columns = {
         "example_id": pa.array(rows.example_ids.tolist(), pa.string()),
-        "label": _column(rows.labels),
-        "prediction": _column(rows.predictions[:, -1]),
-        "loss": _column(rows.losses[:, -1]),
-        "self_influence": _column(parts.sum(axis=(1, 2))),
+        "label": as_column(rows.labels),
+        "prediction": as_column(rows.predictions[:, -1]),
+        "loss": as_column(rows.losses[:, -1]),
+        "self_influence": as_column(parts.sum(axis=(1, 2))),
         **_part_columns(parts, layer_names),
     }
     path = directory / f"scores-{name}.parquet"
@@ -134,14 +135,14 @@ def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) 
     return pa.table(
         {
             "query_id": pa.array(queries.example_ids[at].tolist(), pa.string()),
-            "query_label": _column(queries.labels[at]),
-            "query_prediction": _column(queries.predictions[at, -1]),
+            "query_label": as_column(queries.labels[at]),
+            "query_prediction": as_column(queries.predictions[at, -1]),
             "direction": pa.array([direction] * len(rows), pa.string()),
-            "rank": _column(ranks.astype(np.int32)),
+            "rank": as_column(ranks.astype(np.int32)),
             "example_id": pa.array(rows.example_ids.tolist(), pa.string()),
-            "label": _column(rows.labels),
-            "prediction": _column(rows.predictions),
-            "influence": _column(rows.influence),
+            "label": as_column(rows.labels),
+            "prediction": as_column(rows.predictions),
+            "influence": as_column(rows.influence),
             **_part_columns(rows.parts, queries.layer_names),
         }
     )
@@ -149,20 +150,11 @@ def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) 
 
 def _part_columns(parts: np.ndarray, layers: Sequence[str]) -> dict[str, pa.Array]:
     """Returns what each checkpoint and, where there are several, each layer contributes."""
-    columns = {"per_checkpoint": _column(parts.sum(axis=2))}
+    columns = {"per_checkpoint": as_column(parts.sum(axis=2))}
     if len(layers) > 1:
-        per_layer = [_column(part) for part in parts.sum(axis=1).T]
+        per_layer = [as_column(part) for part in parts.sum(axis=1).T]
         columns["per_layer"] = pa.StructArray.from_arrays(per_layer, names=list(layers))
     return columns
-
-
-def _column(values: np.ndarray) -> pa.Array:
-    """Returns numbers [n] as they are, and rows of numbers [n, m] as lists."""
-    if values.ndim == 1:
-        return pa.array(values)
-    rows, width = values.shape
-    offsets = np.arange(rows + 1, dtype=np.int32) * width
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
 
 
 def _write_parts(table: pa.Table, output: AnyPath, name: str) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.protocols import BadExample, Shard
+from tracin_transforms.storage.columns import as_column
 from tracin_transforms.storage.files import AnyPath, written_atomically
 from tracin_transforms.storage.remote import refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
@@ -116,6 +117,10 @@ class Sidecar:
     rows: Rows | None = None
     count: int = 0
 
+    def is_of(self, shard: Shard) -> bool:
+        """Returns whether a shard of the source is the one that was stored."""
+        return (self.shard.count, self.shard.size) == (shard.count, shard.size)
+
 
 def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -> None:
     """Writes a sidecar.
@@ -132,14 +137,14 @@ def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -
     columns = {
         "example_id": pa.array(rows.example_ids.tolist(), pa.string()),
         "index": pa.array(rows.indices),
-        "label": _lists(rows.labels),
-        "predictions": _lists(rows.predictions),
-        "losses": _lists(rows.losses),
+        "label": as_column(rows.labels),
+        "predictions": as_column(rows.predictions),
+        "losses": as_column(rows.losses),
         "self_influence": pa.array(self_influence.astype(np.float32)),
-        "gradient_norms": _lists(np.sqrt((norms**2).sum(axis=2)).astype(np.float32)),
+        "gradient_norms": as_column(np.sqrt((norms**2).sum(axis=2)).astype(np.float32)),
     }
     if layers > 1:
-        columns["gradient_norms_per_layer"] = _lists(rows.gradient_norms.reshape(n, k * layers))
+        columns["gradient_norms_per_layer"] = as_column(rows.gradient_norms.reshape(n, k * layers))
     description = {
         "format": FORMAT,
         "shard": asdict(sidecar.shard) | {"path": ""},
@@ -229,12 +234,3 @@ def _numbers(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
     while pa.types.is_list(array.type):
         array = array.flatten()
     return np.asarray(array).reshape(shape)
-
-
-def _lists(values: np.ndarray) -> pa.Array:
-    """Returns numbers [n] as they are, and rows of numbers [n, ...] as lists."""
-    if values.ndim == 1:
-        return pa.array(values)
-    width = int(np.prod(values.shape[1:], dtype=int))
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * width
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))

@@ -231,13 +231,13 @@ def test_what_processes_note(tmp_path):
 
 def test_ids_that_occur_twice_are_noticed(tmp_path):
     notes = _notes(tmp_path)
-    notes.finished("a", 0, np.array(["x", "y"]))
-    notes.finished("b-1", 7, np.array(["z", "ä"]))
+    notes.finished("a", 0, 2, np.array(["x", "y"]))
+    notes.finished("b-1", 7, 2, np.array(["z", "ä"]))
     # A block that is done again is the same block.
-    notes.finished("a", 0, np.array(["x", "y"]))
+    notes.finished("a", 0, 2, np.array(["x", "y"]))
     notes.check_unique()
     assert notes.examples() == 4
-    notes.finished("c", 5, np.array(["new", "z"]))
+    notes.finished("c", 5, 2, np.array(["new", "z"]))
     with pytest.raises(
         InputError,
         match="1 example ids occur more than once, first in shard 'b-1', in the block that begins "

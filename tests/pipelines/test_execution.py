@@ -46,7 +46,7 @@ def _progress(directory, **more):
 def test_progress_tells_what_would_survive(tmp_path):
     progress = _progress(tmp_path, done=100, shards=5, shards_done=2)
     assert progress.stored() == "2 of 5 shards stored"
-    progress.notes.finished("a", 0, np.array(["x", "y"]))
+    progress.notes.finished("a", 0, 2, np.array(["x", "y"]))
     assert (progress.examples(), progress.stored()) == (102, "2 of 5 shards stored")
     for _ in range(2):
         progress.notes.stored("a")

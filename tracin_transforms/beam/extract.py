@@ -93,7 +93,8 @@ class Extraction:
                 for block in _one_ahead(self._extracted(loaded, shard, bad)):
                     yield block
                     if self.notes is not None:
-                        self.notes.finished(shard.name, int(block.indices[0]), block.example_ids)
+                        start = int(block.indices[0])
+                        self.notes.finished(shard.name, start, len(block), block.example_ids)
             except MemoryError as error:
                 raise InputError(
                     f"shard {shard.name!r}: out of memory ({error}): give the job more, or fewer "

@@ -165,8 +165,7 @@ class FactorStore:
                 return None
             with contextlib.suppress(InputError, FileNotFoundError):
                 found = replace(read_sidecar(paths.sidecar, with_rows=whole), rows=None)
-                same = (found.shard.count, found.shard.size) == (shard.count, shard.size)
-                if same and found.file.size == sizes[paths.factors.name]:
+                if found.is_of(shard) and found.file.size == sizes[paths.factors.name]:
                     return found
             return None
 
@@ -178,11 +177,8 @@ class FactorStore:
         """Returns a shard as it is stored now, with whatever checkpoints; None if it is not."""
         with contextlib.suppress(InputError, FileNotFoundError):
             found = self.shard(shard.name)
-            same = (found.sidecar.shard.count, found.sidecar.shard.size) == (
-                shard.count,
-                shard.size,
-            )
-            if same and version(found.paths.factors)[0] == found.sidecar.file.size:
+            size, _ = version(found.paths.factors)
+            if found.sidecar.is_of(shard) and size == found.sidecar.file.size:
                 return found
         return None
 
@@ -263,13 +259,17 @@ class FactorStore:
         shards: list[tuple[str, int, int, str]] = []
         bad: list[BadExample] = []
         ids = []
-        for shard in self.description.shards:
-            paths = self.paths(shard.name)
-            sidecar = self.shard(shard.name).sidecar
-            assert sidecar.rows is not None
-            bad += sidecar.bad
-            ids.append(pa.array(sidecar.rows.example_ids.tolist(), pa.string()))
-            shards.append((shard.name, sidecar.count, sidecar.file.size, sha256(paths.sidecar)))
+
+        def read(shard: Shard) -> tuple[Sidecar, pa.Array, str]:
+            found = self.shard(shard.name)
+            names = pa.array(found.rows.example_ids.tolist(), pa.string())
+            return replace(found.sidecar, rows=None), names, sha256(found.paths.sidecar)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for sidecar, names, digest in pool.map(read, self.description.shards):
+                bad += sidecar.bad
+                ids.append(names)
+                shards.append((sidecar.shard.name, sidecar.count, sidecar.file.size, digest))
         examples = sum(count for _, count, _, _ in shards)
         joined = pa.chunked_array(ids)
         if pc.count_distinct(joined).as_py() < examples:

@@ -50,19 +50,25 @@ class JobNotes:
         for part in ("blocks", "running", "begun", "bad", "stored"):
             (self.directory / part).mkdir(parents=True, exist_ok=True)
 
-    def finished(self, shard: str, start: int, example_ids: np.ndarray) -> None:
-        """Notes that a block is finished, with digests of its example ids.
+    def finished(
+        self, shard: str, start: int, rows: int, example_ids: np.ndarray | None = None
+    ) -> None:
+        """Notes that a block is finished.
 
         Args:
             shard: Name of the shard.
             start: Index of the block's first row within it.
-            example_ids: Shape [n], unicode.
+            rows: Number of its rows.
+            example_ids: Shape [n], unicode, for `check_unique`; None where that is known.
         """
+        note = self.directory / "blocks" / f"{shard}-{start:012d}-{rows}"
+        if example_ids is None:
+            mark(note)
+            return
         digests = b"".join(
             hashlib.blake2b(name.encode(), digest_size=_DIGEST).digest()
             for name in example_ids.tolist()
         )
-        note = self.directory / "blocks" / f"{shard}-{start:012d}-{len(example_ids)}"
         with written_atomically(note) as temporary:
             temporary.write_bytes(digests)
 

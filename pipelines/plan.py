@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,11 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     with training.ready() as ready:
         examples, is_exact = _count(ready, shards)
         sample = _measure(ready, shards, examples, options)
-    queries = getattr(options, "queries", None)
-    command = "influence" if queries else options.command
+    command = options.command
+    if command == "plan":
+        command = "influence" if options.queries else "extract"
     lines = [
-        f"'tracin {'extract' if command == 'plan' else command}' will take:",
+        f"'tracin {command}' will take:",
         *_size(training, shards, examples, is_exact),
         *_time(sample, examples, len(shards), options),
         *_space(sample, examples, options),
@@ -100,7 +101,7 @@ class _Job:
     work: Path
     best: TopInfluences | None = None
     writer: ShardWriter | None = None
-    queries: FactorBlock | None = field(default=None)
+    queries: FactorBlock | None = None
 
     def __post_init__(self) -> None:
         if getattr(self.options, "queries", None):

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import apache_beam as beam
@@ -55,7 +55,7 @@ class FromExamples:
     source: ExampleSource
     shards: tuple[Shard, ...]
     fingerprint: dict[str, Any]
-    extractor: SharedExtractor | None = field(default=None)
+    extractor: SharedExtractor | None = None
 
     @property
     def count(self) -> int | None:

@@ -300,6 +300,19 @@ def influence_options(parser: argparse.ArgumentParser, required: bool = True) ->
         default=20,
         help="proponents, and opponents, of each query (default: %(default)s)",
     )
+    parser.add_argument(
+        "--no-prune",
+        dest="prune",
+        action="store_false",
+        help="multiply all pairs, also those that cannot be among the strongest; the result is "
+        "the same, and later",
+    )
+    parser.add_argument(
+        "--score-matrix",
+        action="store_true",
+        help="also write the influence of every training example on every query, as "
+        "scores-*.parquet with a column for each query",
+    )
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:

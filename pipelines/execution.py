@@ -1,6 +1,7 @@
 """Runs a pipeline to its end, showing progress, so that Ctrl-C ends everything at once."""
 
 import contextlib
+import os
 import queue
 import re
 import socket
@@ -12,7 +13,7 @@ from typing import TextIO
 
 import apache_beam as beam
 import psutil
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from tqdm import tqdm
 
 from pipelines.stderr import captured_stderr
@@ -54,6 +55,22 @@ class Progress:
         if self.shards is None:
             return ""
         return f"{self.shards_done + self.notes.shards_stored()} of {self.shards} shards stored"
+
+
+def threads_per_process(beam_args: Sequence[str]) -> int:
+    """Returns how many threads a worker process may keep busy: its share of the cores.
+
+    A runner that is not on this machine is taken to have a process for each core, as Dataflow has.
+    """
+    options = PipelineOptions([*beam_args])
+    if options.view_as(StandardOptions).runner not in (None, "FnApiRunner", "DirectRunner"):
+        return 1
+    local = options.view_as(DirectOptions)
+    cores = len(os.sched_getaffinity(0))
+    if local.direct_running_mode == "in_memory":
+        return cores
+    # 0 stands for as many as there are cores.
+    return max(1, cores // (local.direct_num_workers or cores))
 
 
 def run_pipeline(

@@ -2,14 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.execution import Progress, run_pipeline
+from pipelines.execution import Progress, run_pipeline, threads_per_process
 from pipelines.outputs import (
+    Staging,
     check_any,
     metrics_line,
     open_output,
@@ -17,13 +20,24 @@ from pipelines.outputs import (
     skipped_line,
     staged_output,
 )
-from pipelines.queries import open_queries
-from pipelines.training import open_training
-from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
+from pipelines.queries import Asked, groups, open_queries
+from pipelines.training import FromExamples, FromStore, Training, open_training
+from tracin_transforms.beam.influence import (
+    Question,
+    ScoreInfluence,
+    ScoreStoredInfluence,
+    WriteInfluence,
+    WriteScoreMatrix,
+    read_pairs,
+)
+from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.queries import Queries
 from tracin_transforms.storage.factor_file import write_factor_block
 from tracin_transforms.storage.files import AnyPath
+from tracin_transforms.storage.job_notes import JobNotes
 from tracin_transforms.storage.manifest import write_manifest
-from tracin_transforms.storage.results import read_result, write_skipped
+from tracin_transforms.storage.results import join_influence, read_result, write_skipped
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
@@ -34,67 +48,161 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     """
     training = open_training(options)
     asked = open_queries(options, training)
-    described = training.described(**asked.described(), k=options.k)
+    more = {"score_matrix": True} if options.score_matrix else {}
+    described = training.described(**asked.described(), k=options.k, **more)
     output = open_output(options, described)
     if done := output.already_done():
         return done
     with staged_output(output) as staging, training.ready() as ready:
-        queries = asked.factors()
-        factors = staging.work / "queries.npz"
-        write_factor_block(factors, queries)
-
-        def build(pipeline: beam.Pipeline) -> None:
-            blocks = ready.blocks(pipeline, staging.notes)
-            top = blocks | ScoreInfluence(factors, ready.weights, options.k)
-            _ = top | WriteInfluence(factors, staging.result)
-
-        progress = Progress(staging.notes, ready.count, shard_seconds=options.shard_timeout)
-        seconds = run_pipeline(build, beam_args, progress)
-        count, bad = ready.finished(staging.notes)
+        passes = [
+            _pass_over(ready, queries, staging.work / f"pass-{i:05d}", staging, options, beam_args)
+            for i, queries in enumerate(_groups(asked, ready, options))
+        ]
+        count, bad = ready.finished(passes[0].notes)
         check_any(count)
-        rows = read_result(staging.result, "influence")
-        fewer = _count_fewer(rows, options.k, len(queries))
+        parts = [found.directory for found in passes]
+        rows = join_influence(parts, staging.result)
         write_skipped(staging.result, bad)
-        write_manifest(
-            staging.result,
-            described,
-            {
-                "examples": count,
-                "skipped": len(bad),
-                "queries": len(queries),
-                "fewer_than_k": fewer,
-                "seconds": seconds,
-            },
-        )
-        metrics = metrics_line(count, ready.size, seconds, len(bad), staging.notes.repeated())
-    text = _summary(rows, options.k, len(queries), fewer)
-    notes = skipped_line(len(bad), output.path)
+        queries = sum(found.queries for found in passes)
+        seconds = sum(found.seconds for found in passes)
+        facts = {
+            "examples": count,
+            "skipped": len(bad),
+            "queries": queries,
+            "without_gradient": sum(found.without_gradient for found in passes),
+            "fewer_than_k": _count_fewer(parts, options.k, queries),
+            "passes": len(passes),
+            "scored_share": sum(found.pairs for found in passes) / (count * queries),
+            "seconds": seconds,
+        }
+        write_manifest(staging.result, described, facts)
+        repeated = sum(found.notes.repeated() for found in passes)
+        size = ready.size * len(passes)
+        metrics = metrics_line(count * len(passes), size, seconds, len(bad), repeated)
+    notes = [*_shares(facts, options), *skipped_line(len(bad), output.path)]
     if asked.skipped:
         notes.append(f"{asked.skipped:,} query examples could not be used: see their store.")
-    return "\n".join([text, *notes, metrics, *_ending(output.path)])
+    ending = _ending(output.path, options.score_matrix)
+    return "\n".join([_summary(rows, options.k, facts), *notes, metrics, *ending])
 
 
-def _count_fewer(rows: pa.Table, k: int, queries: int) -> dict[str, int]:
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A pass over the training examples for some of the queries.
+
+    Attributes:
+        directory: Has what `WriteInfluence` writes.
+        notes: Of its processes.
+        queries: Number of queries.
+        without_gradient: How many of them have no gradient.
+        pairs: How many pairs were scored.
+        seconds: What the pipeline took.
+    """
+
+    directory: AnyPath
+    notes: JobNotes
+    queries: int
+    without_gradient: int
+    pairs: int
+    seconds: float
+
+
+def _groups(asked: Asked, ready: Training, options: argparse.Namespace) -> Iterator[FactorBlock]:
+    """Yields the queries of each pass.
+
+    Raises:
+        InputError: They are more than one pass has room for, and each pass would compute the
+            training examples' factors anew.
+    """
+    found = groups(asked.blocks(), options.k)
+    yield next(found)
+    for group in found:
+        if isinstance(ready, FromExamples):
+            raise InputError(
+                f"--queries {options.queries!r} with --k {options.k}: more than memory has room "
+                "for in one pass over the training examples: store their gradient factors first, "
+                "with 'tracin extract', and ask with --store, which takes queries in groups"
+            )
+        yield group
+
+
+def _pass_over(
+    ready: Training,
+    queries: FactorBlock,
+    work: AnyPath,
+    staging: Staging,
+    options: argparse.Namespace,
+    beam_args: Sequence[str],
+) -> _Pass:
+    notes = JobNotes(work / "notes")
+    notes.create()
+    write_factor_block(work / "queries.npz", queries)
+    threads = threads_per_process(beam_args)
+    question = Question(work / "queries.npz", ready.weights, options.k, threads)
+
+    def build(pipeline: beam.Pipeline) -> None:
+        if isinstance(ready, FromStore):
+            score = ScoreStoredInfluence(
+                question, ready.store, ready.checkpoint_ids, options.prune, notes
+            )
+            top = ready.names(pipeline) | score
+        else:
+            blocks = ready.blocks(pipeline, notes)
+            top = blocks | ScoreInfluence(question)
+        _ = top | WriteInfluence(question.queries, work)
+        if options.score_matrix:
+            if isinstance(ready, FromStore):
+                blocks = ready.blocks(pipeline)
+            _ = blocks | WriteScoreMatrix(question, staging.result)
+
+    progress = Progress(notes, ready.count, shard_seconds=options.shard_timeout)
+    seconds = run_pipeline(build, beam_args, progress)
+    with_gradient = int(Queries.prepare(queries, ready.weights).with_gradient.sum())
+    pairs = read_pairs(work)
+    return _Pass(work, notes, len(queries), len(queries) - with_gradient, pairs, seconds)
+
+
+def _count_fewer(parts: Sequence[AnyPath], k: int, queries: int) -> dict[str, int]:
     """Returns for each direction how many queries have fewer than k rows."""
-    full = rows.filter(pc.equal(rows["rank"], k))
-    return {
-        direction: queries - pc.sum(pc.equal(full["direction"], direction)).as_py()
-        if len(full)
-        else queries
-        for direction in ("proponent", "opponent")
-    }
+    fewer = dict.fromkeys(("proponent", "opponent"), queries)
+    for part in parts:
+        rows = read_result(part, "influence", ["rank", "direction"])
+        full = rows.filter(pc.equal(rows["rank"], k))
+        for direction in fewer:
+            fewer[direction] -= pc.sum(pc.equal(full["direction"], direction)).as_py() or 0
+    return fewer
 
 
-def _summary(rows: pa.Table, k: int, queries: int, fewer: dict[str, int]) -> str:
+def _shares(facts: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """Returns what the summary says of how the queries were answered."""
+    lines = []
+    if options.store is not None and options.prune:
+        lines.append(
+            f"{facts['scored_share']:.1%} of all pairs were multiplied; the others cannot be among "
+            "the strongest."
+        )
+    if facts["passes"] > 1:
+        lines.append(f"The queries took {facts['passes']} passes over the store.")
+    return lines
+
+
+def _summary(first: pa.Table, k: int, facts: dict[str, Any]) -> str:
+    queries = facts["queries"]
     lines = [f"The {k} strongest proponents and opponents of each of {queries:,} queries:"]
-    for row in rows.filter(pc.equal(rows["rank"], 1)).slice(0, 10).to_pylist():
+    for row in first.to_pylist():
         lines.append(
             f"  query {shown(row['query_id'])} (label {shown(row['query_label'])}, predicted "
             f"{shown(row['query_prediction'])}): first {row['direction']} "
             f"{shown(row['example_id'])} (label {shown(row['label'])}), "
             f"influence {row['influence']:.4g}"
         )
-    for direction, count in fewer.items():
+    if facts["without_gradient"]:
+        lines.append(
+            f"{facts['without_gradient']:,} of {queries:,} queries have a gradient of 0, as those "
+            "that are fitted perfectly: no training example has influence on them."
+        )
+    for direction, count in facts["fewer_than_k"].items():
+        count -= facts["without_gradient"]
         if count:
             lines.append(
                 f"{count:,} of {queries:,} queries have fewer than {k} {direction}s: no more "
@@ -103,9 +211,10 @@ def _summary(rows: pa.Table, k: int, queries: int, fewer: dict[str, int]) -> str
     return "\n".join(lines)
 
 
-def _ending(output: AnyPath) -> list[str]:
+def _ending(output: AnyPath, score_matrix: bool) -> list[str]:
     return [
         f"All of them: {output}/influence-*.parquet",
+        *([f"All scores: {output}/scores-*.parquet"] if score_matrix else []),
         "Next: compare the labels of a misread query's proponents with what they show.",
     ]
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.stderr import captured_stderr
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
+from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.losses import LOSSES, QUERY_LOSSES
 from tracin_transforms.core.protocols import (
     ExampleSource,
@@ -200,21 +200,19 @@ def start_tensorflow() -> None:
         tf.get_logger().setLevel("ERROR")
 
 
-def query_factors(source: ExampleSource, extractor: LoadedExtractor) -> FactorBlock:
-    """Returns the gradient factors of all query examples, in their order.
+def query_blocks(source: ExampleSource, extractor: LoadedExtractor) -> Iterator[FactorBlock]:
+    """Yields the gradient factors of all query examples, in their order.
 
     Raises:
         InputError: A query cannot be used.
     """
     rows = extractor.block_rows(BLOCK_ROWS)
-    blocks = []
     for shard in source.shards():
         for batch in source.read(shard, rows):
             if batch.bad:
                 bad = batch.bad[0]
                 raise InputError(f"query {bad.example_id!r} of shard {bad.shard!r}: {bad.error}")
-            blocks.append(extractor.extract(batch))
-    return concatenate_blocks(blocks)
+            yield extractor.extract(batch)
 
 
 def sources(options: argparse.Namespace) -> Callable[[str], ExampleSource]:

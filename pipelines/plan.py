@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from pipelines.inputs import BLOCK_ROWS
-from pipelines.queries import open_queries
+from pipelines.queries import groups, open_queries
 from pipelines.training import FromExamples, FromStore, Training, known_count, open_training
 from tracin_transforms.beam.extract import Extraction
 from tracin_transforms.core.errors import InputError
@@ -30,7 +30,9 @@ from tracin_transforms.core.planning import (
     worker_kinds,
 )
 from tracin_transforms.core.protocols import Shard
-from tracin_transforms.core.ranking import TopInfluences, merge_block
+from tracin_transforms.core.queries import Queries
+from tracin_transforms.core.threads import Threads
+from tracin_transforms.core.top_scan import TopScan
 from tracin_transforms.storage.factor_shard import ShardPaths
 from tracin_transforms.storage.files import any_path, existing_file
 from tracin_transforms.storage.job_notes import JobNotes
@@ -99,14 +101,14 @@ class _Job:
     training: Training
     options: argparse.Namespace
     work: Path
-    best: TopInfluences | None = None
+    scan: TopScan | None = None
     writer: ShardWriter | None = None
-    queries: FactorBlock | None = None
 
     def __post_init__(self) -> None:
         if getattr(self.options, "queries", None):
-            self.queries = open_queries(self.options, self.training).factors()
-            self.best = TopInfluences.empty(self.queries, self.options.k)
+            blocks = open_queries(self.options, self.training).blocks()
+            queries = Queries.prepare(next(groups(blocks, self.options.k)), self.training.weights)
+            self.scan = TopScan(queries, self.options.k, Threads(len(os.sched_getaffinity(0))))
         elif self.options.command != "self-influence":
             ids = [checkpoint.id for checkpoint in self.training.series.checkpoints]
             paths = ShardPaths(self.work / "factors", self.work / "sidecar")
@@ -114,13 +116,12 @@ class _Job:
             self.writer = ShardWriter(paths, Shard("sample"), weights, self.options.dtype)
 
     def take(self, block: FactorBlock) -> None:
-        weights = self.training.weights
-        if self.queries is not None and self.best is not None:
-            self.best = merge_block(self.best, block, self.queries, weights)
+        if self.scan is not None:
+            self.scan.add(block)
         elif self.writer is not None:
             self.writer.add(block)
         else:
-            self_influence(block, weights)
+            self_influence(block, self.training.weights)
 
     def end(self) -> float:
         """Returns the bytes written."""

@@ -1,12 +1,13 @@
 """The query examples of a job: computed by the models, or read from a store."""
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipelines.inputs import keras_extractor, query_factors, query_series, sources
+from pipelines.inputs import keras_extractor, query_blocks, query_series, sources
 from pipelines.training import Training, query_options
 from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
@@ -15,6 +16,9 @@ from tracin_transforms.core.protocols import ExampleSource, fingerprint
 from tracin_transforms.storage.factor_store import FactorStore
 
 _STORE = "store:"
+# What the queries of one pass over the training examples may take of a process's memory.
+_GROUP_BYTES = 512 * 2**20
+_PAIR_BYTES = 160
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +42,10 @@ class ComputedQueries:
         loss = [self.series.loss, self.series.from_logits, dict(self.series.loss_options)]
         return {"queries": fingerprint(self.source, self.source.shards()), "query_loss": loss}
 
-    def factors(self) -> FactorBlock:
-        """Returns the gradient factors of all queries, in their order."""
+    def blocks(self) -> Iterator[FactorBlock]:
+        """Yields the gradient factors of all queries, in their order."""
         extractor = keras_extractor(self.series, self.options, float64=True)
-        return query_factors(self.source, extractor.load())
+        return query_blocks(self.source, extractor.load())
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,20 +70,49 @@ class StoredQueries:
         document = self.store.description.to_json()
         return {"queries": {key: document[key] for key in ("factors", "checkpoints", "shards")}}
 
-    def factors(self) -> FactorBlock:
-        """Returns the gradient factors of all queries, in the order of their source."""
-        blocks = []
+    def blocks(self) -> Iterator[FactorBlock]:
+        """Yields the gradient factors of all queries, in the order of their source."""
         for shard in self.store.description.shards:
             found = list(self.store.shard(shard.name).blocks(self.checkpoint_ids))
             if found:
                 block = concatenate_blocks(found)
-                blocks.append(block.rows(np.argsort(block.indices)))
-        return concatenate_blocks(blocks)
+                yield block.rows(np.argsort(block.indices))
 
 
-def open_queries(
-    options: argparse.Namespace, training: Training
-) -> ComputedQueries | StoredQueries:
+Asked = ComputedQueries | StoredQueries
+
+
+def groups(blocks: Iterator[FactorBlock], k: int) -> Iterator[FactorBlock]:
+    """Yields query examples in groups that memory has room for, in their order.
+
+    Args:
+        blocks: The query examples.
+        k: Proponents, and opponents, that are kept for each.
+    """
+    waiting: list[FactorBlock] = []
+    for block in blocks:
+        size = max(1, _GROUP_BYTES // _bytes_per_query(block, k))
+        while len(block):
+            room = size - sum(map(len, waiting))
+            waiting.append(block.rows(slice(0, room)))
+            block = block.rows(slice(room, None))
+            if len(block):
+                yield concatenate_blocks(waiting)
+                waiting = []
+    if waiting:
+        yield concatenate_blocks(waiting)
+
+
+def _bytes_per_query(block: FactorBlock, k: int) -> int:
+    checkpoints = len(block.gradients)
+    layers = block.gradients[0].layers
+    # Error signals are held again with weights, and a third time by class.
+    factors = sum(3 * layer.numbers_per_example for layer in layers) * 4 * checkpoints
+    # Each pair with its parts, its id and what goes with it, known and new and merged.
+    return factors + 3 * 2 * k * (8 * checkpoints * len(layers) + _PAIR_BYTES)
+
+
+def open_queries(options: argparse.Namespace, training: Training) -> Asked:
     """Reads and validates what the options say of queries.
 
     Raises:

@@ -22,6 +22,9 @@ from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.manifest import write_manifest
 from tracin_transforms.storage.results import write_self_influence, write_skipped
 
+# Rows of the ranking in the summary.
+_SHOWN = 10
+
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     """Runs the job and returns its summary for the user.
@@ -50,13 +53,12 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         seconds = run_pipeline(build, beam_args, progress)
         count, bad = ready.finished(staging.notes)
         check_any(count)
-        ranking = write_self_influence(staging.work, staging.result, count)
+        top = write_self_influence(staging.work, staging.result, count, _SHOWN)
         write_skipped(staging.result, bad)
         summary = {"examples": count, "skipped": len(bad), "seconds": seconds}
         write_manifest(staging.result, described, summary)
         size = 0 if isinstance(ready, FromStore) else ready.size
         metrics = metrics_line(count, size, seconds, len(bad), staging.notes.repeated())
-    top = ranking.slice(0, 10).to_pylist()
     return _summary(top, [*skipped_line(len(bad), output.path), metrics], count, output.path)
 
 

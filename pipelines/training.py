@@ -164,10 +164,15 @@ class FromStore:
         """Gives this: nothing needs to be loaded."""
         yield self
 
-    def blocks(self, pipeline: beam.Pipeline, notes: JobNotes) -> beam.PCollection[FactorBlock]:
+    def names(self, pipeline: beam.Pipeline) -> beam.PCollection[str]:
+        """Adds the step that gives the names of the shards."""
+        return pipeline | "Shards" >> beam.Create(self.shard_names)
+
+    def blocks(
+        self, pipeline: beam.Pipeline, notes: JobNotes | None = None
+    ) -> beam.PCollection[FactorBlock]:
         """Adds the steps that give the blocks."""
-        names = pipeline | "Shards" >> beam.Create(self.shard_names)
-        return names | ReadFactors(self.store, self.checkpoint_ids, notes)
+        return self.names(pipeline) | ReadFactors(self.store, self.checkpoint_ids, notes)
 
     def finished(self, notes: JobNotes) -> tuple[int, list[BadExample]]:
         """Returns how many examples were used, and those that could not be."""

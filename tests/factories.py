@@ -8,7 +8,11 @@ import numpy as np
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
 from tracin_transforms.core.losses import softmax_cross_entropy
 from tracin_transforms.core.protocols import ExampleBatch, ExampleSource, Shard
+from tracin_transforms.core.queries import Queries
+from tracin_transforms.core.ranking import TopInfluences
 from tracin_transforms.core.targets import target_rows
+from tracin_transforms.core.threads import Threads
+from tracin_transforms.core.top_scan import TopScan
 
 CLASSES, WIDTH, CHECKPOINTS = 4, 6, 3
 WEIGHTS = np.array([0.5, 0.2, 0.1])
@@ -48,6 +52,16 @@ def random_block(
             for k in range(CHECKPOINTS)
         ),
     )
+
+
+def ranked(
+    blocks: list[FactorBlock], queries: FactorBlock, k: int, weights: np.ndarray = WEIGHTS
+) -> TopInfluences:
+    """Returns the proponents and opponents that a scan of all pairs finds."""
+    scan = TopScan(Queries.prepare(queries, weights), k, Threads(1))
+    for block in blocks:
+        scan.add(block)
+    return scan.top()
 
 
 def materialised_gradients(block: FactorBlock) -> np.ndarray:

@@ -17,8 +17,8 @@ FRAMEWORKS = {
     "apache_beam": {"beam"},
     "pyarrow": {"storage", "examples"},
 }
-# All that core may import but itself.
-CORE = {*sys.stdlib_module_names, "numpy"}
+# All that core may import but itself: SciPy for its sparse products, threadpoolctl for BLAS.
+CORE = {*sys.stdlib_module_names, "numpy", "scipy", "threadpoolctl"}
 MODULES = sorted((ROOT / LIBRARY).rglob("*.py"))
 
 

@@ -19,7 +19,10 @@ from tracin_transforms.core.protocols import (
     LoadedExtractor,
     Shard,
 )
-from tracin_transforms.core.ranking import InfluenceRows, TopInfluences, merge_block
+from tracin_transforms.core.queries import Queries
+from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
+from tracin_transforms.core.threads import Threads
+from tracin_transforms.core.top_scan import TopScan
 
 if TYPE_CHECKING:
     from tracin_transforms.beam.extract import ExtractFactors, Extraction, SharedExtractor
@@ -82,6 +85,7 @@ __all__ = [
     "LoadedExtractor",
     "NpzExamples",
     "ParquetExamples",
+    "Queries",
     "ReadFactors",
     "ScoreInfluence",
     "ScoreSelfInfluence",
@@ -90,12 +94,13 @@ __all__ = [
     "SharedExtractor",
     "TFDSExamples",
     "TFRecordExamples",
+    "Threads",
     "TopInfluences",
+    "TopScan",
     "WriteFactors",
     "WriteInfluence",
     "find_examples",
     "influence",
-    "merge_block",
     "pair_influence",
     "parse_spec",
     "read_checkpoint_series",

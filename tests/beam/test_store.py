@@ -17,7 +17,7 @@ from tracin_transforms.core.factors import concatenate_blocks
 from tracin_transforms.core.protocols import BadExample
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.job_notes import JobNotes
-from tracin_transforms.storage.results import write_self_influence
+from tracin_transforms.storage.results import read_result, write_self_influence
 
 N = 60
 EXTRACTOR = LinearExtractor()
@@ -109,7 +109,8 @@ def test_self_influence_from_a_store_is_that_from_examples(tmp_path, ids):
         (tmp_path / directory).mkdir()
         with beam.Pipeline(runner="FnApiRunner") as pipeline:
             build(pipeline, tmp_path / directory)
-        rankings.append(write_self_influence(tmp_path / directory, tmp_path / directory, N))
+        write_self_influence(tmp_path / directory, tmp_path / directory, N, 0)
+        rankings.append(read_result(tmp_path / directory, "self_influence"))
     for name in ("example_id", "label", "prediction", "loss"):
         assert rankings[0][name].to_pylist() == rankings[1][name].to_pylist()
     for name in ("self_influence", "per_checkpoint"):
@@ -254,5 +255,5 @@ def test_blocks_are_extracted_as_before(tmp_path):
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         blocks = pipeline | beam.Create(extraction.source.shards()) | ExtractFactors(extraction)
         _ = blocks | ScoreSelfInfluence(WEIGHTS, tmp_path)
-    assert len(write_self_influence(tmp_path, tmp_path, 54)) == 54
+    assert len(write_self_influence(tmp_path, tmp_path, 54, 54)) == 54
     assert extraction.notes.examples() == 54

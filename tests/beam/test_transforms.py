@@ -6,13 +6,12 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that
 
-from tests.factories import WEIGHTS, ArraySource, LinearExtractor
+from tests.factories import WEIGHTS, ArraySource, LinearExtractor, ranked
 from tracin_transforms.beam.extract import ExtractFactors, Extraction, SharedExtractor
-from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence, _MergeTop
+from tracin_transforms.beam.influence import Question, ScoreInfluence, WriteInfluence, _MergeTop
 from tracin_transforms.beam.self_influence import ScoreSelfInfluence
 from tracin_transforms.core.factors import concatenate_blocks
 from tracin_transforms.core.influence import self_influence
-from tracin_transforms.core.ranking import TopInfluences, merge_block
 from tracin_transforms.storage.factor_file import write_factor_block
 from tracin_transforms.storage.job_notes import JobNotes
 from tracin_transforms.storage.results import read_result, write_self_influence
@@ -48,15 +47,10 @@ CASES = [(1, 1000, ()), (2, 7, ()), (7, 32, ()), (150, 1, ()), (7, 32, PROCESSES
 @pytest.mark.parametrize(("shards", "block_rows", "beam_args"), CASES)
 def test_influence_equals_the_direct_computation(tmp_path, queries, shards, block_rows, beam_args):
     source = ArraySource(N, shards)
-    expected = merge_block(
-        TopInfluences.empty(queries, K),
-        _all_factors(source),
-        queries,
-        WEIGHTS,
-    )
+    expected = ranked([_all_factors(source)], queries, K)
     path = tmp_path / "queries.npz"
     (tmp_path / "out").mkdir()
-    score = ScoreInfluence(path, WEIGHTS, K)
+    score = ScoreInfluence(Question(path, WEIGHTS, K))
     _run(_Chain(score, WriteInfluence(path, tmp_path / "out")), source, block_rows, beam_args)
 
     found = read_result(tmp_path / "out", "influence")
@@ -79,7 +73,7 @@ def test_self_influence_equals_the_direct_computation(tmp_path, shards, block_ro
     )
     _run(ScoreSelfInfluence(WEIGHTS, tmp_path), source, block_rows, beam_args)
 
-    rows = write_self_influence(tmp_path, tmp_path, N).to_pylist()
+    rows = write_self_influence(tmp_path, tmp_path, N, N)
     assert [row["example_id"] for row in rows] == sorted(expected, key=lambda i: -expected[i])
     np.testing.assert_allclose(
         [row["self_influence"] for row in rows],
@@ -91,11 +85,11 @@ def test_self_influence_equals_the_direct_computation(tmp_path, shards, block_ro
 def test_a_removed_shard_removes_its_examples_and_changes_nothing_else(tmp_path):
     source = ArraySource(N, 7)
     _run(ScoreSelfInfluence(WEIGHTS, tmp_path), source, 32)
-    everything = write_self_influence(tmp_path, tmp_path, N).to_pylist()
+    everything = write_self_influence(tmp_path, tmp_path, N, N)
     gone = source.shards()[3]
     for file in tmp_path.glob(f"scores-{gone.name}-*"):
         file.unlink()
-    rest = write_self_influence(tmp_path, tmp_path, N - gone.count).to_pylist()
+    rest = write_self_influence(tmp_path, tmp_path, N - gone.count, N)
 
     removed = {f"z{i:05d}" for i in range(gone.start, gone.start + gone.count)}
     kept = [row for row in everything if row["example_id"] not in removed]
@@ -127,7 +121,7 @@ def test_transforms_are_small_when_pickled(tmp_path):
     for transform in (
         ExtractFactors(Extraction(ArraySource(10**6, 1000), SharedExtractor(EXTRACTOR), 2048)),
         ScoreSelfInfluence(WEIGHTS, tmp_path),
-        ScoreInfluence(tmp_path / "queries.npz", WEIGHTS, 20),
+        ScoreInfluence(Question(tmp_path / "queries.npz", WEIGHTS, 20)),
     ):
         assert len(pickle.dumps(transform)) < 10_000
 
@@ -135,16 +129,12 @@ def test_transforms_are_small_when_pickled(tmp_path):
 def test_merging_tops_without_a_pipeline(queries):
     combine = _MergeTop()
     block = _all_factors(ArraySource(N, 1))
-    none = TopInfluences.empty(queries, K)
-    parts = [
-        merge_block(none, block.rows(rows), queries, WEIGHTS)
-        for rows in np.array_split(np.arange(N), 4)
-    ]
+    parts = [ranked([block.rows(rows)], queries, K) for rows in np.array_split(np.arange(N), 4)]
     empty = combine.create_accumulator()
     first = combine.add_input(combine.add_input(empty, parts[0]), parts[1])
     second = combine.add_input(combine.add_input(empty, parts[3]), parts[2])
     merged = combine.extract_output(combine.merge_accumulators([empty, second, empty, first]))
-    whole = merge_block(none, block, queries, WEIGHTS)
+    whole = ranked([block], queries, K)
 
     assert merged.proponents.example_ids.tolist() == whole.proponents.example_ids.tolist()
     assert merged.opponents.example_ids.tolist() == whole.opponents.example_ids.tolist()
@@ -156,7 +146,7 @@ def test_sizes_below_one_are_refused(tmp_path, size):
     with pytest.raises(ValueError, match=f"block_rows is {size}"):
         Extraction(ArraySource(1, 1), SharedExtractor(EXTRACTOR), size)
     with pytest.raises(ValueError, match=f"k is {size}"):
-        ScoreInfluence(tmp_path, WEIGHTS, size)
+        Question(tmp_path, WEIGHTS, size)
 
 
 class _Chain(beam.PTransform):

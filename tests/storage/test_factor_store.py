@@ -296,9 +296,9 @@ def test_directories_that_are_no_stores(tmp_path):
     with pytest.raises(InputError, match="is damaged"):
         FactorStore.open(tmp_path)
     (tmp_path / "store.json").write_text('{"format": 9}')
-    with pytest.raises(InputError, match="has format 9, expected 1"):
+    with pytest.raises(InputError, match="has format 9, expected 2"):
         FactorStore.open(tmp_path)
-    (tmp_path / "store.json").write_text('{"format": 1}')
+    (tmp_path / "store.json").write_text('{"format": 2}')
     with pytest.raises(InputError, match="is damaged: KeyError"):
         FactorStore.open(tmp_path)
     with pytest.raises(InputError, match="holds 'mine.txt', which is no part of the store"):

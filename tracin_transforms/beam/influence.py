@@ -1,54 +1,112 @@
-"""Blocks of gradient factors to the strongest proponents and opponents of each query."""
+"""Gradient factors to the strongest proponents and opponents of each query."""
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator
 
 import apache_beam as beam
 import numpy as np
+from apache_beam.pvalue import AsSingleton
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.shared import Shared
 from apache_beam.utils.windowed_value import WindowedValue
 
 from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.core.ranking import TopInfluences, merge_block
+from tracin_transforms.core.pruning import Pruner
+from tracin_transforms.core.queries import Queries
+from tracin_transforms.core.ranking import Thresholds, TopInfluences
+from tracin_transforms.core.threads import Threads
+from tracin_transforms.core.top_scan import TopScan
 from tracin_transforms.storage.factor_file import read_factor_block
+from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.files import AnyPath
-from tracin_transforms.storage.results import write_influence
+from tracin_transforms.storage.job_notes import JobNotes
+from tracin_transforms.storage.results import write_influence, write_score_matrix
+from tracin_transforms.storage.shard_scan import Part, scan_shard
+
+_PAIRS = "pairs.json"
 
 
-@dataclasses.dataclass(eq=False)
-class ScoreInfluence(beam.PTransform):
-    """Ranks all training examples by their influence on each query.
-
-    A worker merges its blocks into one `TopInfluences`; only those are shuffled.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of the training examples.
 
     Attributes:
         queries: File with the queries' gradient factors, read once per process.
         weights: Weight of each checkpoint, shape [K].
         k: Proponents, and opponents, to keep for each query.
+        threads: Threads of a worker process: its share of the machine's cores.
     """
 
     queries: AnyPath
     weights: np.ndarray
     k: int
+    threads: int = 1
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k is {self.k}, expected at least 1")
 
+
+@dataclasses.dataclass(eq=False)
+class ScoreInfluence(beam.PTransform):
+    """Ranks the training examples of blocks by their influence on each query.
+
+    A worker merges its blocks into one `TopInfluences`; only those are shuffled.
+
+    Attributes:
+        question: What is asked.
+    """
+
+    question: Question
+
     def expand(self, blocks: beam.PCollection[FactorBlock]) -> beam.PCollection[TopInfluences]:
         """Wires the steps."""
-        return (
-            blocks
-            | "ScoreBlocks" >> beam.ParDo(_ScoreBlocks(self.queries, self.weights, self.k))
-            | "MergeTop" >> beam.CombineGlobally(_MergeTop()).without_defaults()
-        )
+        return blocks | "ScoreBlocks" >> beam.ParDo(_ScoreBlocks(self.question)) | _MergeAll()
+
+
+@dataclasses.dataclass(eq=False)
+class ScoreStoredInfluence(beam.PTransform):
+    """Ranks the training examples of stored shards, given by name, as `ScoreInfluence` does.
+
+    With pruning, the heads of all shards say how much influence it takes to be among the
+    strongest, and of the other rows only those are multiplied that can have as much. Between the
+    two passes go top-k lists and thresholds alone. The result is that of multiplying all.
+
+    Attributes:
+        question: What is asked.
+        store: Where the factors are.
+        checkpoint_ids: Of the queries, in order.
+        prune: Whether to leave out pairs that cannot be among the strongest.
+        notes: Where workers note what they have done, or None.
+    """
+
+    question: Question
+    store: FactorStore
+    checkpoint_ids: tuple[str, ...]
+    prune: bool = True
+    notes: JobNotes | None = None
+
+    def expand(self, names: beam.PCollection[str]) -> beam.PCollection[TopInfluences]:
+        """Wires the steps."""
+        names = names | "DistributeShards" >> beam.Reshuffle()
+        if not self.prune:
+            whole = beam.ParDo(_ScoreShards(self, Part.WHOLE), None)
+            return names | "ScoreShards" >> whole | _MergeAll()
+        none = beam.ParDo(_ScoreShards(self, Part.HEAD), None)
+        heads = names | "ScoreHeads" >> none | "MergeHeads" >> _MergeAll()
+        thresholds = heads | "Thresholds" >> beam.Map(TopInfluences.thresholds)
+        rest = beam.ParDo(_ScoreShards(self, Part.REST), AsSingleton(thresholds))
+        rests = names | "ScoreRests" >> rest
+        return (heads, rests) | beam.Flatten() | _MergeAll()
 
 
 @dataclasses.dataclass(eq=False)
 class WriteInfluence(beam.PTransform):
     """Writes the proponents and opponents of all queries as ``influence-*.parquet``.
+
+    Beside them, ``pairs.json`` has the number of pairs that were scored.
 
     Attributes:
         queries: File with the queries' gradient factors.
@@ -63,30 +121,112 @@ class WriteInfluence(beam.PTransform):
         return top | "WriteParquet" >> beam.Map(_write, self.queries, self.directory)
 
 
+@dataclasses.dataclass(eq=False)
+class WriteScoreMatrix(beam.PTransform):
+    """Writes the influence of all training examples on all queries as ``scores-*.parquet``.
+
+    Attributes:
+        question: What is asked; its k does not matter.
+        directory: Where the files go, one for each block.
+    """
+
+    question: Question
+    directory: AnyPath
+
+    def expand(self, blocks: beam.PCollection[FactorBlock]) -> beam.PCollection[None]:
+        """Wires the steps."""
+        return blocks | "WriteScores" >> beam.ParDo(_WriteScores(self.question, self.directory))
+
+
 def _write(top: TopInfluences, queries: AnyPath, directory: AnyPath) -> None:
     write_influence(directory, top, read_factor_block(queries))
+    (directory / _PAIRS).write_text(json.dumps(top.pairs), encoding="utf-8")
 
 
-class _ScoreBlocks(beam.DoFn):
-    def __init__(self, queries: AnyPath, weights: np.ndarray, k: int) -> None:
-        self._path = queries
-        self._weights = weights
-        self._k = k
+def read_pairs(directory: AnyPath) -> int:
+    """Returns the number of pairs that `WriteInfluence` noted."""
+    pairs: int = json.loads((directory / _PAIRS).read_text(encoding="utf-8"))
+    return pairs
+
+
+class _WithQueries(beam.DoFn):
+    """Has the queries in memory, once per process."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
         self._shared = Shared()
 
     def setup(self) -> None:
-        self._queries: FactorBlock = self._shared.acquire(lambda: read_factor_block(self._path))
-        self._none = TopInfluences.empty(self._queries, self._k)
+        question = self._question
+        self._queries: Queries = self._shared.acquire(
+            lambda: Queries.prepare(read_factor_block(question.queries), question.weights)
+        )
+        self._threads = Threads(question.threads)
 
+    def teardown(self) -> None:
+        self._threads.close()
+
+
+class _ScoreBlocks(_WithQueries):
     def start_bundle(self) -> None:
-        self._best = self._none
+        self._scan = TopScan(self._queries, self._question.k, self._threads)
 
     def process(self, block: FactorBlock) -> None:
-        self._best = merge_block(self._best, block, self._queries, self._weights)
+        self._scan.add(block)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        window = GlobalWindow()
-        yield WindowedValue(self._best, window.max_timestamp(), [window])
+        yield _of_bundle(self._scan)
+
+
+class _ScoreShards(_WithQueries):
+    def __init__(self, job: ScoreStoredInfluence, part: Part) -> None:
+        super().__init__(job.question)
+        self._store = job.store
+        self._checkpoint_ids = job.checkpoint_ids
+        self._notes = job.notes
+        self._part = part
+
+    def setup(self) -> None:
+        super().setup()
+        self._pruner = None
+        if self._part is Part.REST:
+            tile_rows = TopScan(self._queries, 1, self._threads).tile_rows
+            self._pruner = Pruner(self._queries, tile_rows, self._threads)
+
+    def start_bundle(self) -> None:
+        self._scan: TopScan | None = None
+
+    def process(self, name: str, thresholds: Thresholds | None) -> None:
+        if self._scan is None:
+            self._scan = TopScan(self._queries, self._question.k, self._threads, thresholds)
+        shard = self._store.shard(name, with_peaks=self._pruner is not None)
+        rows = scan_shard(shard, self._checkpoint_ids, self._scan, self._part, self._pruner)
+        if self._notes is not None:
+            start = len(shard.rows) - rows if self._part is Part.REST else 0
+            self._notes.finished(name, start, rows)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        if self._scan is not None:
+            yield _of_bundle(self._scan)
+
+
+class _WriteScores(_WithQueries):
+    def __init__(self, question: Question, directory: AnyPath) -> None:
+        super().__init__(question)
+        self._directory = directory
+
+    def process(self, block: FactorBlock) -> None:
+        write_score_matrix(self._directory, block, self._queries)
+
+
+def _of_bundle(scan: TopScan) -> WindowedValue:
+    window = GlobalWindow()
+    return WindowedValue(scan.top(), window.max_timestamp(), [window])
+
+
+class _MergeAll(beam.PTransform):
+    def expand(self, tops: beam.PCollection[TopInfluences]) -> beam.PCollection[TopInfluences]:
+        return tops | "MergeTop" >> beam.CombineGlobally(_MergeTop()).without_defaults()
 
 
 class _MergeTop(beam.CombineFn):

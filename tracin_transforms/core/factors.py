@@ -196,10 +196,21 @@ class FactorBlock:
         return tuple(layer.name for layer in self.gradients[0].layers)
 
     def scaled(self, factors: np.ndarray) -> "FactorBlock":
-        """Returns the block with each row's gradients multiplied by a factor, shape [n]."""
-        if (factors == 1).all():
-            return self
-        return replace(self, gradients=tuple(g.scaled(factors) for g in self.gradients))
+        """Returns the block with each gradient multiplied by a factor.
+
+        Args:
+            factors: For each row and checkpoint, shape [n, K].
+
+        Raises:
+            ValueError: They have another shape.
+        """
+        if np.shape(factors) != self.losses.shape:
+            raise ValueError(
+                f"factors have shape {np.shape(factors)}, expected one for each of the "
+                f"examples and checkpoints, {self.losses.shape}"
+            )
+        scaled = (g.scaled(f) for g, f in zip(self.gradients, factors.T, strict=True))
+        return replace(self, gradients=tuple(scaled))
 
     def rows(self, selection: slice | np.ndarray) -> "FactorBlock":
         """Returns the block of the selected rows."""

@@ -15,7 +15,7 @@ _SIGN_AND_VALUE = np.int32(-0x70000000 - 0x2000)  # 0x8FFFE000
 # What moves a float16's exponent, put where float32 has its own, to its value.
 _REBIAS = 112
 # Values that are converted together.
-_PIECE = 2**16
+_PIECE = 2**17
 
 
 def pack_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

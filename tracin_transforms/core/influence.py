@@ -44,22 +44,50 @@ def influence(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> 
     Reference:
         Pruthi et al. (2020), section 3.2 (TracInCP) and section 4.1 (last layer).
     """
-    _check_same_series(block, queries, weights)
-    total = np.zeros((len(block), len(queries)), dtype=np.float32)
-    # What is beyond float32 is found, and its example named, at the end.
+    _check_weights(block, weights)
+    total = inner_products(block, queries.scaled(np.tile(weights, (len(queries), 1))))
+    check_in_range(block, total)
+    return total
+
+
+def inner_products(block: FactorBlock, queries: FactorBlock) -> np.ndarray:
+    """Returns Σ_k ⟨∇ℓ(w_k, z), ∇ℓ(w_k, z')⟩, each checkpoint counted alike.
+
+    Args:
+        block: n training examples at K checkpoints.
+        queries: q query examples at the same checkpoints, with the same layers.
+
+    Returns:
+        Shape [n, q], float32; what is beyond its range is infinite or NaN.
+
+    Raises:
+        ValueError: The checkpoints or layers do not fit each other.
+    """
+    _check_same_series(block, queries)
+    total = None
+    # What is beyond float32 is for the caller to find.
     with np.errstate(over="ignore", invalid="ignore"):
-        for k, _, layer, query_layer in _layer_pairs(block, queries):
+        for _, _, layer, query_layer in _layer_pairs(block, queries):
             products = all_products(layer, query_layer)
-            products *= np.float32(weights[k])
-            total += products
-    finite = np.isfinite(total).all(axis=1)
+            total = products if total is None else np.add(total, products, out=total)
+    assert total is not None
+    return total
+
+
+def check_in_range(block: FactorBlock, scores: np.ndarray) -> None:
+    """Raises InputError, naming an example, if scores are not finite.
+
+    Args:
+        block: n training examples.
+        scores: Of each of them, shape [n, q].
+    """
+    finite = np.isfinite(scores).all(axis=1)
     if not finite.all():
         example = str(block.example_ids[np.flatnonzero(~finite)[0]])
         raise InputError(
             f"example {example!r} has an influence beyond the range of float32: check the scale "
             "of the model's activations"
         )
-    return total
 
 
 def pair_influence(
@@ -84,7 +112,8 @@ def pair_influence(
         η_k ∇ℓ(w_k, z)·∇ℓ(w_k, z') for each of L layers, shape [m, K, L], float64. The sum over
         axes 1 and 2 is the influence.
     """
-    _check_same_series(block, queries, weights)
+    _check_weights(block, weights)
+    _check_same_series(block, queries)
     parts = np.empty((len(rows), len(weights), len(block.layer_names)))
     for k, i, layer, query_layer in _layer_pairs(block, queries):
         parts[:, k, i] = weights[k] * pair_products(layer, query_layer, rows, columns)
@@ -117,17 +146,21 @@ def squared_gradient_norms(block: FactorBlock) -> np.ndarray:
     return norms
 
 
-def rounding_bound(block: FactorBlock, query_norms: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def rounding_bound(
+    largest: np.ndarray, query_norms: np.ndarray, weights: np.ndarray, numbers: int
+) -> np.ndarray:
     """Returns how far `influence` may lie from the exact value of the float32 factors.
 
     A float32 product of vectors of length m is off by about √m·u times the product of their
     norms, u = 2⁻²⁴; the factor 8 covers both products, the sums and the tail. The norms of the
-    block's rows enter by their maximum.
+    training examples enter by their maximum.
 
     Args:
-        block: Training examples at K checkpoints.
+        largest: The largest `absolute_gradient_norms` of training examples at each checkpoint,
+            shape [K].
         query_norms: What `absolute_gradient_norms` gives for q query examples, shape [q, K].
         weights: η_k, shape [K].
+        numbers: How many numbers the factors of one example at one checkpoint are.
 
     Returns:
         Shape [q], float64. It holds for rounding errors that are random, as those of long sums
@@ -136,9 +169,7 @@ def rounding_bound(block: FactorBlock, query_norms: np.ndarray, weights: np.ndar
     Reference:
         Higham & Mary (2019), A New Approach to Probabilistic Rounding Error Analysis.
     """
-    numbers = sum(layer.numbers_per_example for layer in block.gradients[0].layers)
-    largest = absolute_gradient_norms(block).max(axis=0, initial=0.0)
-    return 8 * np.sqrt(numbers) * 2.0**-24 * (query_norms @ (weights * largest))
+    return 8 * np.sqrt(numbers) * 2.0**-24 * (query_norms @ (np.abs(weights) * largest))
 
 
 def magnification(query_norms: np.ndarray) -> np.ndarray:
@@ -176,16 +207,19 @@ def _layer_pairs(
             yield k, i, layer, query_layer
 
 
-def _check_same_series(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> None:
-    if block.checkpoint_ids != queries.checkpoint_ids:
-        raise ValueError(
-            f"training and query examples have factors at different checkpoints: "
-            f"{block.checkpoint_ids} vs {queries.checkpoint_ids}"
-        )
+def _check_weights(block: FactorBlock, weights: np.ndarray) -> None:
     if np.shape(weights) != (len(block.gradients),):
         raise ValueError(
             f"weights have shape {np.shape(weights)}, expected one for each of the "
             f"{len(block.gradients)} checkpoints"
+        )
+
+
+def _check_same_series(block: FactorBlock, queries: FactorBlock) -> None:
+    if block.checkpoint_ids != queries.checkpoint_ids:
+        raise ValueError(
+            f"training and query examples have factors at different checkpoints: "
+            f"{block.checkpoint_ids} vs {queries.checkpoint_ids}"
         )
     for gradient, query_gradient in zip(block.gradients, queries.gradients, strict=True):
         layers, query_layers = (

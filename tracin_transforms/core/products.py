@@ -17,10 +17,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tracin_transforms.core.buffers import Buffers
 from tracin_transforms.core.factors import LayerFactors
 
 # What is gathered or materialised at a time.
 _BUDGET_BYTES = 64 * 2**20
+# Each thread that scores has three products in hand at a time.
+_PRODUCTS = Buffers(16)
 
 
 def all_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
@@ -124,14 +127,20 @@ def gradient_sum(layer: LayerFactors, factors: np.ndarray, width: int) -> np.nda
 
 def _dense_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
     if layer.positions == other.positions == 1:
-        products = _flat(layer.activations) @ _flat(other.activations).T
+        products = _matrix_product(_flat(layer.activations), _flat(other.activations))
         if layer.has_bias:
             products += 1
-        products *= _flat(layer.error_signals) @ _flat(other.error_signals).T
+        products *= _matrix_product(_flat(layer.error_signals), _flat(other.error_signals))
         return products
     if _position_pairs_are_cheaper(layer, other):
         return _products_by_position_pairs(layer, other)
     return _products_by_gradient_rows(layer, other)
+
+
+def _matrix_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns a bᵀ, in memory that is used again."""
+    memory = _PRODUCTS.take(4 * len(a) * len(b)).view(np.float32)
+    return np.matmul(a, b.T, out=memory.reshape(len(a), len(b)))
 
 
 def _one_by_one(layer: LayerFactors, other: LayerFactors) -> np.ndarray:

@@ -4,21 +4,11 @@ The order is total, by score and then by example id, so a ranking does not depen
 which its parts were computed or merged.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.core.influence import (
-    absolute_gradient_norms,
-    influence,
-    magnification,
-    pair_influence,
-    rounding_bound,
-)
-
-# Above this many candidates per query and k the block's own k-th best value is worth computing.
-_CANDIDATES_PER_K = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +48,15 @@ class InfluenceRows:
         """The influence, summed over checkpoints and layers, shape [m], float64."""
         return self.parts.sum(axis=(1, 2))
 
-    def joined(self, other: "InfluenceRows") -> "InfluenceRows":
-        """Returns the rows of both."""
+    def joined(self, *others: "InfluenceRows") -> "InfluenceRows":
+        """Returns these rows and all others."""
         # No rows have the labels of the queries, whose kind another loss may have made another.
-        if not len(self) or not len(other):
-            return self if len(self) else other
+        parts = [part for part in (self, *others) if len(part)]
+        if len(parts) < 2:
+            return parts[0] if parts else self
         return InfluenceRows(
             *(
-                np.concatenate([getattr(self, field.name), getattr(other, field.name)])
+                np.concatenate([getattr(part, field.name) for part in parts])
                 for field in fields(self)
             )
         )
@@ -88,12 +79,14 @@ class TopInfluences:
         k: Number of proponents and of opponents to keep for each query.
         proponents: Sorted by query, falling influence, example id.
         opponents: Sorted by query, rising influence, example id.
+        pairs: How many pairs were scored to find them.
     """
 
     query_ids: np.ndarray
     k: int
     proponents: InfluenceRows
     opponents: InfluenceRows
+    pairs: int = 0
 
     @classmethod
     def empty(cls, queries: FactorBlock, k: int) -> "TopInfluences":
@@ -112,80 +105,86 @@ class TopInfluences:
         return TopInfluences(
             self.query_ids,
             self.k,
-            proponents=_strongest(self.proponents, other.proponents, self.k, sign=1),
-            opponents=_strongest(self.opponents, other.opponents, self.k, sign=-1),
+            proponents=_strongest(self.proponents.joined(other.proponents), self.k, sign=1),
+            opponents=_strongest(self.opponents.joined(other.opponents), self.k, sign=-1),
+            pairs=self.pairs + other.pairs,
+        )
+
+    def with_rows(self, found: InfluenceRows) -> "TopInfluences":
+        """Returns the strongest of these and other rows, whose influence may have either sign.
+
+        Only the queries that have such rows are ranked anew; the order of queries is lost.
+        """
+        touched = np.zeros(len(self.query_ids), dtype=bool)
+        touched[found.query_rows] = True
+        ends = []
+        for known, sign in ((self.proponents, 1), (self.opponents, -1)):
+            at = touched[known.query_rows]
+            ranked = _strongest(known.take(np.flatnonzero(at)).joined(found), self.k, sign)
+            ends.append(known.take(np.flatnonzero(~at)).joined(ranked))
+        return replace(self, proponents=ends[0], opponents=ends[1])
+
+    def sorted(self, pairs: int) -> "TopInfluences":
+        """Returns these in the order of the queries.
+
+        Args:
+            pairs: How many pairs were scored to find them.
+        """
+        proponents, opponents = (
+            rows.take(np.argsort(rows.query_rows, kind="stable"))
+            for rows in (self.proponents, self.opponents)
+        )
+        return TopInfluences(self.query_ids, self.k, proponents, opponents, pairs)
+
+    def thresholds(self) -> "Thresholds":
+        """Returns what a pair must reach to be among the k strongest."""
+        ends = []
+        for rows, sign in ((self.proponents, 1), (self.opponents, -1)):
+            found = np.zeros(len(self.query_ids))
+            counts = np.bincount(rows.query_rows, minlength=len(found))
+            full = counts[rows.query_rows] == self.k
+            weakest = np.full(len(found), np.inf)
+            np.minimum.at(weakest, rows.query_rows[full], sign * rows.influence[full])
+            found[counts == self.k] = weakest[counts == self.k]
+            ends.append(found)
+        return Thresholds(*ends)
+
+
+@dataclass(frozen=True, eq=False)
+class Thresholds:
+    """What a pair must reach to be among the k strongest of its query; 0 where any may be.
+
+    Attributes:
+        proponents: Influence of the k-th proponent, shape [q], float64, >= 0.
+        opponents: Influence of the k-th opponent, its sign reversed, shape [q], float64, >= 0.
+    """
+
+    proponents: np.ndarray
+    opponents: np.ndarray
+
+    @classmethod
+    def none(cls, queries: int) -> "Thresholds":
+        """Returns those of queries of which nothing is known."""
+        return cls(np.zeros(queries), np.zeros(queries))
+
+    @property
+    def lower(self) -> np.ndarray:
+        """What a pair must reach, in whatever direction, shape [q]."""
+        return np.minimum(self.proponents, self.opponents)
+
+    def at_least(self, floor: "Thresholds") -> "Thresholds":
+        """Returns the higher of both."""
+        return Thresholds(
+            np.maximum(self.proponents, floor.proponents),
+            np.maximum(self.opponents, floor.opponents),
         )
 
 
-def merge_block(
-    best: TopInfluences, block: FactorBlock, queries: FactorBlock, weights: np.ndarray
-) -> TopInfluences:
-    """Returns `best` merged with the influences of one block of training examples.
-
-    All pairs are scored in float32. Those that could be among the k strongest, the rounding
-    error granted, are computed again in float64: the result is the exact ranking of the float32
-    factors, however the rows were put into blocks.
-
-    Args:
-        best: What is known so far; its query_ids are those of `queries`.
-        block: Training examples at K checkpoints.
-        queries: Query examples at the same checkpoints.
-        weights: η_k, shape [K].
-    """
-    # Influence on a query that is all but perfectly fitted would be lost below float32's range.
-    norms = absolute_gradient_norms(queries)
-    scales = magnification(norms)
-    scores = influence(block, queries.scaled(scales), weights)
-    margin = scales * rounding_bound(block, norms, weights)
-    ends = []
-    for sign, known in ((1, best.proponents), (-1, best.opponents)):
-        thresholds = scales * _thresholds(known, best.k, sign, len(queries))
-        rows, columns = _candidates(sign * scores, thresholds, margin, best.k)
-        found = InfluenceRows(
-            query_rows=columns,
-            example_ids=block.example_ids[rows],
-            labels=block.labels[rows],
-            predictions=block.predictions[rows, -1],
-            parts=pair_influence(block, queries, weights, rows, columns),
-        )
-        ends.append(_strongest(known, found, best.k, sign))
-    return TopInfluences(best.query_ids, best.k, *ends)
-
-
-def _thresholds(known: InfluenceRows, k: int, sign: int, queries: int) -> np.ndarray:
-    """Returns each query's k-th best sign * influence so far, 0 where there are fewer than k."""
-    counts = np.bincount(known.query_rows, minlength=queries)
-    ends = np.cumsum(counts)
-    thresholds = np.zeros(queries)
-    full = counts == k
-    thresholds[full] = sign * known.influence[ends[full] - 1]
-    return thresholds
-
-
-def _candidates(
-    signed_scores: np.ndarray, thresholds: np.ndarray, margin: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows and columns of the scores that may be among the k largest of their column.
-
-    A score counts if it is above the column's threshold less the margin; the margin is 0 only
-    where every score is exactly 0.
-    """
-    passing = signed_scores > (thresholds - margin).astype(np.float32)
-    if passing.sum() > _CANDIDATES_PER_K * k * signed_scores.shape[1] and len(signed_scores) > k:
-        place = len(signed_scores) - k
-        in_block = np.partition(signed_scores, place, axis=0)[place].astype(np.float64)
-        # The k-th best of the block is itself off by up to the margin.
-        passing &= signed_scores >= (in_block - 2 * margin).astype(np.float32)
-    rows, columns = np.nonzero(passing)
-    return rows, columns
-
-
-def _strongest(known: InfluenceRows, found: InfluenceRows, k: int, sign: int) -> InfluenceRows:
+def _strongest(rows: InfluenceRows, k: int, sign: int) -> InfluenceRows:
     """Returns the k largest sign * influence > 0 of each query, in the ranking's order."""
-    joined = known.joined(found)
-    signed = sign * joined.influence
-    order = np.lexsort((joined.example_ids, -signed, joined.query_rows))
+    signed = sign * rows.influence
+    order = np.lexsort((rows.example_ids, -signed, rows.query_rows))
     order = order[signed[order] > 0]
-    query_rows = joined.query_rows[order]
+    query_rows = rows.query_rows[order]
     place = np.arange(len(order)) - np.searchsorted(query_rows, query_rows)
-    return joined.take(order[place < k])
+    return rows.take(order[place < k])

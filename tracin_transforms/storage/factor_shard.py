@@ -6,19 +6,21 @@ falling self-influence.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from tracin_transforms.core.buffers import Buffers
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.storage.buffers import Buffers
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.remote import refusals_named
-from tracin_transforms.storage.sidecar import Rows, Sidecar, read_sidecar
+from tracin_transforms.storage.row_layout import RowLayout
+from tracin_transforms.storage.sidecar import Batch, Rows, Sidecar, read_sidecar
 
 # Two in use, and one for the reader ahead.
 _READ = Buffers(3)
@@ -38,6 +40,39 @@ class ShardPaths:
 
 
 @dataclass(frozen=True, eq=False)
+class PackedBlock:
+    """Some rows of a shard as they are stored; those that are asked for become float32.
+
+    Attributes:
+        shard: Name of the shard.
+        known: The rows without their gradient factors.
+        layout: Of the checkpoints that are wanted.
+        batch: The gradient factors, of these checkpoints and others.
+    """
+
+    shard: str
+    known: Rows
+    layout: RowLayout
+    batch: pa.RecordBatch
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def rows(self, selection: slice | np.ndarray) -> FactorBlock:
+        """Returns the selected rows with their gradient factors in float32."""
+        known = self.known.take(selection)
+        return FactorBlock(
+            shard=self.shard,
+            indices=known.indices,
+            example_ids=known.example_ids,
+            labels=known.labels,
+            predictions=known.predictions,
+            losses=known.losses,
+            gradients=self.layout.unpack(self.batch, selection),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class StoredShard:
     """A complete shard of a store.
 
@@ -50,14 +85,18 @@ class StoredShard:
     sidecar: Sidecar
 
     @classmethod
-    def open(cls, paths: ShardPaths) -> "StoredShard":
+    def open(cls, paths: ShardPaths, with_peaks: bool = False) -> "StoredShard":
         """Returns the shard at its place, without its factors.
+
+        Args:
+            paths: Where it lies.
+            with_peaks: Whether to read the largest entries of its error signals.
 
         Raises:
             FileNotFoundError: It is not there.
             InputError: Its sidecar is damaged.
         """
-        return cls(paths, read_sidecar(paths.sidecar))
+        return cls(paths, read_sidecar(paths.sidecar, with_peaks=with_peaks))
 
     @property
     def rows(self) -> Rows:
@@ -88,26 +127,36 @@ class StoredShard:
         Raises:
             InputError: The factor file is not whole.
         """
-        chosen, rows = (
+        for _, block in self.packed_blocks(checkpoint_ids):
+            yield block.rows(slice(None))
+
+    def packed_blocks(
+        self,
+        checkpoint_ids: Sequence[str],
+        is_wanted: Callable[[int], bool] = lambda _: True,
+    ) -> Iterator[tuple[int, PackedBlock]]:
+        """Yields the shard's blocks as they are stored, each with its number.
+
+        Args:
+            checkpoint_ids: Whose factors are wanted.
+            is_wanted: Whether a block, by its number, is to be read at all. Asked in order, for
+                each before the one ahead of it is used.
+
+        Raises:
+            InputError: The factor file is not whole.
+        """
+        layout, rows = (
             self.sidecar.layout.of_checkpoints(checkpoint_ids),
             self.rows_of(checkpoint_ids),
         )
-        start = 0
-        for batch in self.batches():
-            part = rows.take(slice(start, start + batch.num_rows))
-            start += batch.num_rows
-            yield FactorBlock(
-                shard=self.sidecar.shard.name,
-                indices=part.indices,
-                example_ids=part.example_ids,
-                labels=part.labels,
-                predictions=part.predictions,
-                losses=part.losses,
-                gradients=chosen.unpack(batch, batch.num_rows),
-            )
+        for i, batch in self.batches(is_wanted):
+            known = rows.take(self.sidecar.file.rows_of(i))
+            yield i, PackedBlock(self.sidecar.shard.name, known, layout, batch)
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yields the record batches of the factor file, in order.
+    def batches(
+        self, is_wanted: Callable[[int], bool] = lambda _: True
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yields the record batches of the factor file that are wanted, each with its number.
 
         While one is in use, the next is read.
 
@@ -115,27 +164,32 @@ class StoredShard:
             InputError: The file is not whole.
         """
         file, schema = self.sidecar.file, self.sidecar.layout.schema
-        if not file.batches:
+        wanted = (i for i in range(len(file.batches)) if is_wanted(i))
+        first = next(wanted, None)
+        if first is None:
             return
-        largest = max(size for _, size in file.batches)
+        largest = max(batch.size for batch in file.batches)
         with refusals_named(self.paths.factors, "read"):
             opened = self.paths.factors.open("rb", buffering=0)
             with opened, ThreadPoolExecutor(1) as pool:
                 self._check_size(opened)
 
-                def read(i: int) -> pa.RecordBatch:
-                    start, size = file.batches[i]
-                    view = _READ.take(largest)[:size].data
-                    self._read_into(opened, start, view)
+                def read(batch: Batch) -> pa.RecordBatch:
+                    view = _READ.take(largest)[: batch.size].data
+                    self._read_into(opened, batch.start, view)
                     message = pa.ipc.read_message(pa.py_buffer(view))
                     return pa.ipc.read_record_batch(message, schema)
 
-                ahead = pool.submit(read, 0)
-                for i in range(len(file.batches)):
+                ahead, number = pool.submit(read, file.batches[first]), first
+                while True:
                     batch = ahead.result()
-                    if i + 1 < len(file.batches):
-                        ahead = pool.submit(read, i + 1)
-                    yield batch
+                    following = next(wanted, None)
+                    if following is not None:
+                        ahead = pool.submit(read, file.batches[following])
+                    yield number, batch
+                    if following is None:
+                        return
+                    number = following
 
     def _check_size(self, opened: Any) -> None:
         size = opened.seek(0, io.SEEK_END)

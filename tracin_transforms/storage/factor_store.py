@@ -143,9 +143,9 @@ class FactorStore:
         """Returns where a shard of that name lies."""
         return ShardPaths(self._factors / f"{shard}.arrow", self._examples / f"{shard}.parquet")
 
-    def shard(self, name: str) -> StoredShard:
-        """Returns a shard, without its factors."""
-        return StoredShard.open(self.paths(name))
+    def shard(self, name: str, with_peaks: bool = False) -> StoredShard:
+        """Returns a shard, without its factors; with the peaks of its rows if they are wanted."""
+        return StoredShard.open(self.paths(name), with_peaks)
 
     def stored(self, whole: bool = False) -> dict[str, Sidecar]:
         """Returns the complete shards by name, without their rows.

@@ -1,6 +1,8 @@
 """Results in Parquet: self-influence rankings, and proponents and opponents of queries."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,15 +10,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.example_ids import check_unique
 from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.influence import influence
 from tracin_transforms.core.protocols import BadExample
+from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
 from tracin_transforms.storage.columns import as_column
 from tracin_transforms.storage.files import AnyPath, written_atomically
+from tracin_transforms.storage.ranked_scores import ranked, write_ranked
 from tracin_transforms.storage.sidecar import Rows
 
 _ROWS_PER_FILE = 1_000_000
+# The other columns hardly repeat: a dictionary of them takes time and makes the file larger.
+_REPEATED = ["label", "prediction"]
 
 
 def write_scores(
@@ -47,37 +53,47 @@ def write_scores(
         "self_influence": as_column(parts.sum(axis=(1, 2))),
         **_part_columns(parts, layer_names),
     }
-    path = directory / f"scores-{name}.parquet"
-    with written_atomically(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+    path = directory / f"scores-{name}.arrow"
+    write_ranked(path, pa.table(columns))
     return path
 
 
-def write_self_influence(scores: AnyPath, output: AnyPath, expected: int) -> pa.Table:
-    """Ranks the scores of all blocks and writes ``self_influence-*.parquet``.
+def write_self_influence(
+    scores: AnyPath, output: AnyPath, expected: int, first: int
+) -> list[dict[str, Any]]:
+    """Ranks the scores of all examples and writes ``self_influence-*.parquet``.
 
     Args:
         scores: Directory with the files of `write_scores`.
         output: Result directory.
-        expected: Number of examples that must be there.
+        expected: Number of examples that must be there, at least 1.
+        first: Number of rows to return.
 
     Returns:
-        The ranking, columns as in the files, highest self-influence first.
+        The first rows of the ranking, highest self-influence first; columns as in the files.
 
     Raises:
-        InputError: An example id occurs twice.
         RuntimeError: Examples are missing.
+        InputError: The system refuses to write.
     """
-    files: list[AnyPath] = sorted(scores.glob("scores-*.parquet"))
-    table = pa.concat_tables([_read(file) for file in files])
-    if len(table) != expected:
-        raise RuntimeError(f"{len(table)} of {expected} examples were scored")
-    if pc.count_distinct(table["example_id"]).as_py() < expected:
-        check_unique(np.array(table["example_id"].to_pylist()))
-    ranking = table.sort_by([("self_influence", "descending"), ("example_id", "ascending")])
-    ranking = ranking.add_column(0, "rank", pa.array(np.arange(1, expected + 1)))
-    _write_parts(ranking, output, "self_influence")
-    return ranking
+    files: list[AnyPath] = sorted(scores.glob("scores-*.arrow"))
+    pieces = _with_ranks(ranked(files, scores))
+    parts = groupby(pieces, lambda piece: (piece["rank"][0].as_py() - 1) // _ROWS_PER_FILE)
+    top: list[dict[str, Any]] = []
+    count = 0
+    for part, of_part in parts:
+        head = next(of_part)
+        with (
+            written_atomically(_part_path(output, "self_influence", part, expected)) as temporary,
+            pq.ParquetWriter(temporary, head.schema, use_dictionary=_REPEATED) as writer,
+        ):
+            for piece in chain([head], of_part):
+                writer.write_batch(piece)
+                top += piece.slice(0, first - len(top)).to_pylist()
+                count += len(piece)
+    if count != expected:
+        raise RuntimeError(f"{count} of {expected} examples were scored")
+    return top
 
 
 def write_influence(output: AnyPath, top: TopInfluences, queries: FactorBlock) -> pa.Table:
@@ -97,6 +113,27 @@ def write_influence(output: AnyPath, top: TopInfluences, queries: FactorBlock) -
     return table
 
 
+def write_score_matrix(output: AnyPath, block: FactorBlock, queries: Queries) -> None:
+    """Writes the influence of a block's examples on all queries as ``scores-*.parquet``.
+
+    A row for each example: ``example_id``, ``label``, and a float32 column for each query, named
+    by its id.
+
+    Raises:
+        InputError: An influence is beyond float32.
+    """
+    scores = influence(block, queries.block, queries.weights)
+    columns = {
+        "example_id": pa.array(block.example_ids.tolist(), pa.string()),
+        "label": as_column(block.labels),
+    }
+    names = [*columns, *queries.block.example_ids.tolist()]
+    arrays = [*columns.values(), *(pa.array(column) for column in scores.T)]
+    name = f"scores-{block.shard}-{int(block.indices[0]):012d}.parquet"
+    with written_atomically(output / name) as temporary:
+        pq.write_table(pa.table(arrays, names=names), temporary)
+
+
 def write_skipped(output: AnyPath, bad: Sequence[BadExample]) -> None:
     """Writes ``skipped-*.parquet``, the examples that could not be used; if there are any."""
     if not bad:
@@ -112,21 +149,51 @@ def write_skipped(output: AnyPath, bad: Sequence[BadExample]) -> None:
     _write_parts(table, output, "skipped")
 
 
-def read_result(directory: AnyPath, name: str) -> pa.Table:
+def join_influence(parts: Sequence[AnyPath], output: AnyPath) -> pa.Table:
+    """Writes the ``influence-*.parquet`` of several groups of queries as one result.
+
+    Args:
+        parts: Directories of `write_influence`, in the order of the queries.
+        output: Result directory.
+
+    Returns:
+        The strongest proponent and opponent of each of the first ten queries.
+    """
+    files = [file for part in parts for file in _files_of(part, "influence")]
+    first = []
+    for number, file in enumerate(files):
+        name = f"influence-{number:05d}-of-{len(files):05d}.parquet"
+        table = _read(file)
+        first.append(table.filter(pc.equal(table["rank"], 1)).slice(0, 20))
+        with written_atomically(output / name) as temporary:
+            pq.write_table(table, temporary)
+    return pa.concat_tables(first).slice(0, 20)
+
+
+def read_result(directory: AnyPath, name: str, columns: list[str] | None = None) -> pa.Table:
     """Returns the rows of a result, ``self_influence`` or ``influence``, in their order.
+
+    Args:
+        directory: Of the result.
+        name: Of the result.
+        columns: Those to read; all, if not given.
 
     Raises:
         InputError: There are no such files.
     """
+    return pa.concat_tables([_read(file, columns) for file in _files_of(directory, name)])
+
+
+def _files_of(directory: AnyPath, name: str) -> list[AnyPath]:
     files: list[AnyPath] = sorted(directory.glob(f"{name}-*.parquet"))
     if not files:
         raise InputError(f"{str(directory)!r} has no {name}-*.parquet")
-    return pa.concat_tables([_read(file) for file in files])
+    return files
 
 
-def _read(file: AnyPath) -> pa.Table:
+def _read(file: AnyPath, columns: list[str] | None = None) -> pa.Table:
     with file.open("rb") as opened:
-        return pq.read_table(opened)
+        return pq.read_table(opened, columns=columns)
 
 
 def _influence_table(rows: InfluenceRows, direction: str, queries: FactorBlock) -> pa.Table:
@@ -157,9 +224,26 @@ def _part_columns(parts: np.ndarray, layers: Sequence[str]) -> dict[str, pa.Arra
     return columns
 
 
+def _with_ranks(ranking: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yields a ranking's rows with their ranks, from 1; none of the pieces goes into two files."""
+    count = 0
+    for rows in ranking:
+        while len(rows):
+            piece = rows.slice(0, _ROWS_PER_FILE - count % _ROWS_PER_FILE)
+            ranks = as_column(np.arange(count + 1, count + len(piece) + 1))
+            yield piece.add_column(0, "rank", ranks)
+            count += len(piece)
+            rows = rows.slice(len(piece))
+
+
 def _write_parts(table: pa.Table, output: AnyPath, name: str) -> None:
-    parts = max(1, -(-len(table) // _ROWS_PER_FILE))
-    for part in range(parts):
-        rows = table.slice(part * _ROWS_PER_FILE, _ROWS_PER_FILE)
-        with written_atomically(output / f"{name}-{part:05d}-of-{parts:05d}.parquet") as temporary:
-            pq.write_table(rows, temporary)
+    for start in range(0, max(1, len(table)), _ROWS_PER_FILE):
+        path = _part_path(output, name, start // _ROWS_PER_FILE, len(table))
+        with written_atomically(path) as temporary:
+            pq.write_table(table.slice(start, _ROWS_PER_FILE), temporary)
+
+
+def _part_path(output: AnyPath, name: str, part: int, rows: int) -> AnyPath:
+    """Returns the file of a part of a result of so many rows."""
+    parts = max(1, -(-rows // _ROWS_PER_FILE))
+    return output / f"{name}-{part:05d}-of-{parts:05d}.parquet"

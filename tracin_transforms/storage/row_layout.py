@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tracin_transforms.core.buffers import Buffers
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
 from tracin_transforms.core.half_precision import pack_rows, unpack_rows
-from tracin_transforms.storage.buffers import Buffers
 
 FLOAT16, FLOAT32 = "float16", "float32"
 
-# One block is in use while the next is read.
-_UNPACKED = Buffers(2)
+# Some threads have a part of a block each.
+_UNPACKED = Buffers(8)
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,12 @@ class RowLayout:
                 arrays[column.name] = values
         return arrays
 
-    def unpack(self, batch: pa.RecordBatch, rows: int) -> tuple[GradientFactors, ...]:
-        """Returns the factors in the first rows of a record batch of these columns."""
+    def unpack(
+        self, batch: pa.RecordBatch, selection: slice | np.ndarray
+    ) -> tuple[GradientFactors, ...]:
+        """Returns the factors in some rows of a record batch of these columns, as float32."""
         columns = [column for column in self.columns if column.is_packed]
+        rows = len(np.arange(batch.num_rows)[selection])
         widths = [rows * int(np.prod(column.shape, dtype=int)) for column in columns]
         memory = _UNPACKED.take(4 * sum(widths)).view(np.float32)
         ends = np.cumsum(widths)
@@ -204,7 +207,7 @@ class RowLayout:
         every = iter(self.columns)
         for layer in self.layers:
             activations, error_signals = (
-                _numbers(batch, column, rows, places.get(column.name))
+                _numbers(batch, column, selection, places.get(column.name))
                 for column in (next(every), next(every))
             )
             gradients.setdefault(layer.checkpoint_id, []).append(
@@ -219,11 +222,11 @@ def exponent_name(column: Column) -> str:
 
 
 def _numbers(
-    batch: pa.RecordBatch, column: Column, rows: int, out: np.ndarray | None
+    batch: pa.RecordBatch, column: Column, selection: slice | np.ndarray, out: np.ndarray | None
 ) -> np.ndarray:
     values = batch.column(column.name).values.to_numpy(zero_copy_only=True)
-    numbers: np.ndarray = values.reshape(-1, *column.shape)[:rows]
+    numbers: np.ndarray = values.reshape(-1, *column.shape)[selection]
     if column.is_packed:
         exponents = batch.column(exponent_name(column)).to_numpy(zero_copy_only=True)
-        return unpack_rows(numbers, exponents[:rows], out)
+        return unpack_rows(numbers, exponents[selection], out)
     return numbers

@@ -1,4 +1,10 @@
-"""Writing a shard of a factor store: gathered block by block, sorted, written in one piece."""
+"""Writing a shard of a factor store: gathered block by block, sorted, written in one piece.
+
+The order of the rows is for those who look for the strongest influence: a head with the rows of
+largest self-influence, which says how much influence it takes; then the other rows, so that those
+that can still have that much lie together. With few classes these are the next ones by
+self-influence; with many, those of a query's own classes.
+"""
 
 import hashlib
 import io
@@ -13,17 +19,28 @@ import pyarrow as pa
 
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.influence import squared_gradient_norms
+from tracin_transforms.core.peaks import Peaks
 from tracin_transforms.core.protocols import BadExample, Shard
 from tracin_transforms.storage.factor_shard import ShardPaths, StoredShard
 from tracin_transforms.storage.files import written_atomically
 from tracin_transforms.storage.remote import RemotePath, refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
-from tracin_transforms.storage.sidecar import FactorFile, Rows, Sidecar, write_sidecar
+from tracin_transforms.storage.sidecar import (
+    Batch,
+    FactorFile,
+    Rows,
+    Sidecar,
+    joined_rows,
+    write_sidecar,
+)
 
 # Rows that are read, and scored, together: enough for matrix products at full speed, few enough
 # for memory.
 _BLOCK_ROWS = 2048
 _BLOCK_BYTES = 64 * 2**20
+# The head is this share of a shard, but not fewer rows than these.
+_HEAD_SHARE = 1 / 16
+_HEAD_ROWS = 64
 
 
 class ShardWriter:
@@ -55,7 +72,7 @@ class ShardWriter:
         self._shard = shard
         self._dtype = dtype
         kept = [] if known is None else known.checkpoints_but(new)
-        self._known = _Known(known, kept) if known is not None and kept else None
+        self._known = _Known(known.paths, kept) if known is not None and kept else None
         self._weights = weights
         if self._known is not None:
             self._weights = {key: w for key, w in weights.items() if key in {*new, *kept}}
@@ -86,6 +103,7 @@ class ShardWriter:
             block.predictions,
             block.losses,
             np.sqrt(squared_gradient_norms(block)).astype(np.float32),
+            Peaks.of_block(block),
         )
         if self._known is not None:
             there = self._known.holds(block.indices)
@@ -131,21 +149,21 @@ class ShardWriter:
         # What is bad at both times is told once.
         by_index = {example.index: example for example in (*bad, *known_bad)}
         bad = [by_index[index] for index in sorted(by_index)]
-        rows = _concatenated(self._rows)
+        rows = joined_rows(self._rows)
         own = (rows.gradient_norms.astype(np.float64) ** 2).sum(axis=2) @ np.array(
             list(self._weights.values())
         )
-        order = np.lexsort((rows.example_ids, -own))
+        order, head = _order(rows, own)
         with refusals_named(self._paths.factors, "written"):
             self._spool.flush()
-        file = self._write_factors(order)
+        file = self._write_factors(order, head)
         sidecar = Sidecar(
             self._shard, self._layout, file, tuple(bad), rows.take(order), count=len(rows)
         )
         write_sidecar(self._paths.sidecar, sidecar, own[order])
         return sidecar
 
-    def _write_factors(self, order: np.ndarray) -> FactorFile:
+    def _write_factors(self, order: np.ndarray, head: int) -> FactorFile:
         assert self._layout is not None
         layout = self._layout
         # An empty file cannot be mapped.
@@ -155,25 +173,30 @@ class ShardWriter:
             else np.empty(0, layout.record)
         )
         block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(1, layout.record.itemsize)))
+        blocks = [*_pieces(0, head, block_rows), *_pieces(head, len(order), block_rows)]
         ends = []
         with written_atomically(self._paths.factors) as temporary:
             with temporary.open("wb") as raw:
                 hashed = _Hashed(raw)
                 sink = pa.PythonFile(hashed, mode="w")
                 with pa.ipc.new_file(sink, layout.schema) as writer:
-                    for start in range(0, len(order), block_rows):
-                        chosen = records[order[start : start + block_rows]]
-                        writer.write_batch(_record_batch(layout, chosen))
+                    for block in blocks:
+                        writer.write_batch(_record_batch(layout, records[order[block]]))
                         ends.append(hashed.size)
             starts = [_end_of_schema(temporary), *ends] if ends else []
-        places = tuple((a, b - a) for a, b in zip(starts, ends, strict=False))
-        return FactorFile(hashed.size, hashed.digest.hexdigest(), block_rows, places)
+        batches = tuple(
+            Batch(start, end - start, block.stop - block.start)
+            for start, end, block in zip(starts, ends, blocks, strict=False)
+        )
+        in_head = sum(block.stop <= head for block in blocks)
+        return FactorFile(hashed.size, hashed.digest.hexdigest(), batches, in_head)
 
 
 class _Known:
     """What a shard holds already of some checkpoints, by the index of its rows."""
 
-    def __init__(self, shard: StoredShard, checkpoint_ids: Sequence[str]) -> None:
+    def __init__(self, paths: ShardPaths, checkpoint_ids: Sequence[str]) -> None:
+        shard = StoredShard.open(paths, with_peaks=True)
         self._rows = shard.rows_of(checkpoint_ids)
         self.layout = shard.sidecar.layout.of_checkpoints(checkpoint_ids)
         self.bad = shard.sidecar.bad
@@ -214,7 +237,7 @@ class _Known:
             name: np.concatenate([getattr(rows, name), getattr(known, name)], axis=1)[:, places]
             for name in ("predictions", "losses", "gradient_norms")
         }
-        return replace(rows, **both)
+        return replace(rows, **both, peaks=rows.peaks.joined(known.peaks).of_checkpoints(places))
 
     def _places(self, indices: np.ndarray) -> np.ndarray:
         return self._order[np.searchsorted(self._sorted, indices)]
@@ -261,10 +284,22 @@ def _end_of_schema(path: Path) -> int:
         return place
 
 
-def _concatenated(parts: Sequence[Rows]) -> Rows:
-    return Rows(
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in Rows.__dataclass_fields__
-        )
-    )
+def _order(rows: Rows, own: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns the order of a shard's rows, and how many are its head.
+
+    Args:
+        rows: n rows.
+        own: Their self-influence, shape [n].
+    """
+    order = np.lexsort((rows.example_ids, -own))
+    head = min(len(order), max(_HEAD_ROWS, int(len(order) * _HEAD_SHARE)))
+    if rows.peaks.count:
+        rest = order[head:]
+        # That of the last checkpoint, where errors are most often of few classes.
+        classes = rows.peaks.largest()[rest, -1]
+        order[head:] = rest[np.argsort(classes, kind="stable")]
+    return order, head
+
+
+def _pieces(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]

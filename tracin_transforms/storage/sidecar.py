@@ -5,6 +5,7 @@ complete.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracin_transforms.core.errors import InputError
+from tracin_transforms.core.peaks import Peaks
 from tracin_transforms.core.protocols import BadExample, Shard
 from tracin_transforms.storage.columns import as_column
 from tracin_transforms.storage.files import AnyPath, written_atomically
@@ -20,7 +22,28 @@ from tracin_transforms.storage.remote import refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
 
 _KEY = b"tracin"
-FORMAT = 1
+# Columns of floats in lists.
+_FLOATS = (
+    *("losses", "gradient_norms", "gradient_norms_per_layer"),
+    *("peak_values", "peak_rests"),
+)
+_PEAKS = ("peak_classes", "peak_values", "peak_rests")
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A record batch of a factor file.
+
+    Attributes:
+        start: Where its message begins in the file, in bytes.
+        size: Of the message, in bytes.
+        rows: Number of its rows.
+    """
+
+    start: int
+    size: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -30,14 +53,19 @@ class FactorFile:
     Attributes:
         size: In bytes.
         sha256: Of its content, in hexadecimal.
-        block_rows: Rows of each record batch but the last.
-        batches: Place and size of each record batch's message in the file, in bytes.
+        batches: Its record batches, in order.
+        head: How many of the first ones hold the rows of largest self-influence.
     """
 
     size: int
     sha256: str
-    block_rows: int
-    batches: tuple[tuple[int, int], ...]
+    batches: tuple[Batch, ...]
+    head: int
+
+    def rows_of(self, number: int) -> slice:
+        """Returns which rows of the shard a record batch holds."""
+        start = sum(batch.rows for batch in self.batches[:number])
+        return slice(start, start + self.batches[number].rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +79,8 @@ class Rows:
         predictions: As in `FactorBlock`, of all K checkpoints.
         losses: Shape [n, K], float32, in nats.
         gradient_norms: ‖∇ℓ(w_k, z)‖ of each layer, shape [n, K, L], float32.
+        peaks: The largest entries of the error signals, as `core.peaks.Peaks`; of no entries
+            where they were not stored or not read.
     """
 
     indices: np.ndarray
@@ -59,6 +89,7 @@ class Rows:
     predictions: np.ndarray
     losses: np.ndarray
     gradient_norms: np.ndarray
+    peaks: Peaks
 
     @classmethod
     def none(cls, checkpoints: int) -> "Rows":
@@ -70,6 +101,7 @@ class Rows:
             predictions=np.empty((0, checkpoints), np.int32),
             losses=np.empty((0, checkpoints), np.float32),
             gradient_norms=np.empty((0, checkpoints, 1), np.float32),
+            peaks=Peaks.none(0, checkpoints),
         )
 
     def __len__(self) -> int:
@@ -84,6 +116,7 @@ class Rows:
             self.predictions[selection],
             self.losses[selection],
             self.gradient_norms[selection],
+            self.peaks.take(selection),
         )
 
     def of_checkpoints(self, places: list[int]) -> "Rows":
@@ -95,7 +128,17 @@ class Rows:
             self.predictions[:, places],
             self.losses[:, places],
             self.gradient_norms[:, places],
+            self.peaks.of_checkpoints(places),
         )
+
+
+def joined_rows(parts: Sequence[Rows]) -> Rows:
+    """Returns the rows of all parts, of which there is at least one."""
+    arrays = [name for name in Rows.__dataclass_fields__ if name != "peaks"]
+    return Rows(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
+        peaks=Peaks.of_rows([part.peaks for part in parts]),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +188,10 @@ def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -
     }
     if layers > 1:
         columns["gradient_norms_per_layer"] = as_column(rows.gradient_norms.reshape(n, k * layers))
+    if rows.peaks.count:
+        columns["peak_classes"] = as_column(rows.peaks.classes.reshape(n, -1))
+        columns["peak_values"] = as_column(rows.peaks.values.reshape(n, -1))
+        columns["peak_rests"] = as_column(rows.peaks.rests)
     description = {
         "format": FORMAT,
         "shard": asdict(sidecar.shard) | {"path": ""},
@@ -155,12 +202,7 @@ def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -
         "label_shape": rows.labels.shape[1:],
     }
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(description)})
-    floats = ["losses", "self_influence", "gradient_norms", "gradient_norms_per_layer"]
-    leaves = [
-        name if name == "self_influence" else f"{name}.list.element"
-        for name in floats
-        if name in columns
-    ]
+    leaves = ["self_influence"] + [f"{name}.list.element" for name in _FLOATS if name in columns]
     with written_atomically(path) as temporary:
         pq.write_table(
             table,
@@ -173,8 +215,13 @@ def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -
         )
 
 
-def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
+def read_sidecar(path: AnyPath, with_rows: bool = True, with_peaks: bool = False) -> Sidecar:
     """Returns the sidecar in a file.
+
+    Args:
+        path: The file.
+        with_rows: Whether to read the rows, too.
+        with_peaks: Whether to read their `peaks`.
 
     Raises:
         FileNotFoundError: There is none.
@@ -183,7 +230,7 @@ def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
     with refusals_named(path, "read"), path.open("rb") as opened:
         try:
             file = pq.ParquetFile(opened, page_checksum_verification=True)
-            return _sidecar(file, with_rows)
+            return _sidecar(file, with_rows, with_peaks)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             # Arrow has no error of its own for a page whose checksum is wrong.
             if isinstance(error, OSError) and "CRC" not in str(error):
@@ -194,18 +241,19 @@ def read_sidecar(path: AnyPath, with_rows: bool = True) -> Sidecar:
             ) from error
 
 
-def _sidecar(file: pq.ParquetFile, with_rows: bool) -> Sidecar:
+def _sidecar(file: pq.ParquetFile, with_rows: bool, with_peaks: bool) -> Sidecar:
     description = json.loads(file.schema_arrow.metadata[_KEY])
     if description["format"] != FORMAT:
         raise ValueError(f"its format is {description['format']}, expected {FORMAT}")
     layout = RowLayout.from_json(description["layout"])
-    batches = tuple((start, size) for start, size in description["file"]["batches"])
+    batches = tuple(Batch(**batch) for batch in description["file"]["batches"])
+    names = [n for n in file.schema_arrow.names if with_peaks or n not in _PEAKS]
     return Sidecar(
         shard=Shard(**description["shard"]),
         layout=layout,
         file=FactorFile(**(description["file"] | {"batches": batches})),
         bad=tuple(BadExample(**bad) for bad in description["bad"]),
-        rows=_rows(file.read(), layout, description) if with_rows else None,
+        rows=_rows(file.read(names), layout, description) if with_rows else None,
         count=file.metadata.num_rows,
     )
 
@@ -224,6 +272,16 @@ def _rows(table: pa.Table, layout: RowLayout, description: dict[str, Any]) -> Ro
         predictions=_numbers(table["predictions"], (n, *description["prediction_shape"])),
         losses=_numbers(table["losses"], (n, k)),
         gradient_norms=_numbers(table[norms], (n, k, -1)),
+        peaks=_peaks(table, n, k),
+    )
+
+
+def _peaks(table: pa.Table, n: int, k: int) -> Peaks:
+    if _PEAKS[0] not in table.column_names:
+        return Peaks.none(n, k)
+    classes, values, rests = (table[name] for name in _PEAKS)
+    return Peaks(
+        _numbers(classes, (n, k, -1)), _numbers(values, (n, k, -1)), _numbers(rests, (n, k))
     )
 
 

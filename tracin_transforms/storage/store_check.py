@@ -78,7 +78,7 @@ def _check_factors(shard: StoredShard) -> str | None:
     if sha256(path) != file.sha256:
         return "its factor file has another checksum than its sidecar says"
     rows = 0
-    for batch in shard.batches():
+    for _, batch in shard.batches():
         rows += batch.num_rows
         for column in shard.sidecar.layout.columns:
             numbers = batch.column(column.name).values.to_numpy(zero_copy_only=True)

@@ -8,7 +8,7 @@ from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.protocols import Shard
 from tracin_transforms.storage.manifest import differences
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import gc
 import numpy as np
 import pyarrow as pa
 
-from tracin_transforms.storage.buffers import Buffers
+from tracin_transforms.core.buffers import Buffers
 
 
 def _address(array):

@@ -1,0 +1,79 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.factories import WEIGHTS, random_block, ranked, split
+from tracin_transforms.core.influence import pair_influence
+
+
+def _reference(block, queries, k):
+    """All pairs in float64, sorted in full."""
+    rows, columns = (i.ravel() for i in np.indices((len(block), len(queries))))
+    scores = pair_influence(block, queries, WEIGHTS, rows, columns).sum(axis=1)
+    scores = scores.reshape(len(block), len(queries))
+    ends = {}
+    for query, name in itertools.product(range(len(queries)), ("proponents", "opponents")):
+        signed = scores[:, query] if name == "proponents" else -scores[:, query]
+        order = [i for i in np.lexsort((block.example_ids, -signed)) if signed[i] > 0][:k]
+        ends[query, name] = block.example_ids[order].tolist()
+    return ends
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 1000])
+@pytest.mark.parametrize("pieces", [1, 2, 7])
+def test_blocks_merged_equal_the_full_sort(k, pieces):
+    rng = np.random.default_rng(0)
+    block, queries = random_block(rng, 700), random_block(rng, 5, "q")
+    top = ranked(split(block, pieces), queries, k)
+
+    for (query, name), expected in _reference(block, queries, k).items():
+        end = getattr(top, name)
+        assert end.example_ids[end.query_rows == query].tolist() == expected
+
+
+def test_scores_closer_than_float32_can_tell_are_ordered_exactly():
+    """Ten rows whose scores differ by less than float32 rounding, in any block size."""
+    rng = np.random.default_rng(1)
+    block, queries = random_block(rng, 400), random_block(rng, 3, "q")
+    for gradient in block.gradients:
+        layer = gradient.layers[0]
+        for row in range(1, 10):
+            layer.activations[row] = layer.activations[0]
+            layer.error_signals[row] = np.nextafter(
+                layer.error_signals[row - 1], np.float32(np.inf)
+            )
+    expected = _reference(block, queries, 5)
+    for pieces in (1, 13, 400):
+        top = ranked(split(block, pieces), queries, 5)
+        for (query, name), ids in expected.items():
+            end = getattr(top, name)
+            assert end.example_ids[end.query_rows == query].tolist() == ids
+
+
+def test_a_query_without_gradient_has_neither_proponents_nor_opponents():
+    rng = np.random.default_rng(2)
+    block, queries = random_block(rng, 50), random_block(rng, 2, "q")
+    for gradient in queries.gradients:
+        gradient.layers[0].error_signals[0] = 0
+    top = ranked([block], queries, 4)
+
+    assert top.proponents.query_rows.tolist() == [1] * 4
+    assert top.opponents.query_rows.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("exponent", [-10, -70, -90])
+def test_influence_below_the_range_of_float32_is_ranked(exponent):
+    """Of queries, and training examples, that are all but perfectly fitted."""
+    rng = np.random.default_rng(3)
+    block, queries = random_block(rng, 200), random_block(rng, 3, "q")
+    expected = ranked([block], queries, 5)
+    scales = [np.full(side.losses.shape, 2.0**exponent) for side in (block, queries)]
+    block, queries = block.scaled(scales[0]), queries.scaled(scales[1])
+    top = ranked([block.rows(slice(0, 80)), block.rows(slice(80, None))], queries, 5)
+    for found, exact in (
+        (top.proponents, expected.proponents),
+        (top.opponents, expected.opponents),
+    ):
+        np.testing.assert_array_equal(found.example_ids, exact.example_ids)
+        np.testing.assert_allclose(found.parts, exact.parts * 4.0**exponent, rtol=1e-5)

@@ -1,0 +1,191 @@
+r"""Which pairs can still be among the strongest, from bounds that need no gradient factors.
+
+By the inequality of Cauchy and Schwarz, at each checkpoint and layer,
+
+    |influence(z, z')| ≤ Σ_k |η_k| Σ_l ‖∇ℓ_kl(z)‖ ‖∇ℓ_kl(z')‖                           (norms)
+
+and, for one dense layer with many outputs, with c over the few largest entries of e and r the
+norm of the others, see `peaks`,
+
+    |influence(z, z')| ≤ Σ_k |η_k| (|Σ_c e_c e'_c| + r ‖e'‖) √(‖h‖² + 1) √(‖h'‖² + 1)   (peaks)
+
+A pair whose bound is below what it takes to be among the k strongest need not be multiplied. The
+result is that of multiplying all of them. Rows are looked at in strips: first by the largest norms
+of the strip, then, where that leaves much and it pays, row by row by their peaks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from tracin_transforms.core.influence import squared_gradient_norms
+from tracin_transforms.core.peaks import Peaks
+from tracin_transforms.core.queries import Queries
+from tracin_transforms.core.threads import Threads
+from tracin_transforms.core.top_scan import Piece
+
+# Rows that are multiplied with the same queries.
+_STRIP = 64
+# Bounds are sums in float32: this much is granted for their rounding.
+_SLACK = 2.0**-18
+_TINY = 2.0**-100
+# Peaks are looked at where norms leave more than this share of a block's pairs, and go on being
+# looked at if they leave less than the other share of those; else after some blocks again.
+_OPEN_SHARE = 0.02
+_PAYS_SHARE = 0.7
+_BLOCKS_WITHOUT = 8
+# What work takes, in multiplications: that of one more piece and layer, of bringing one number of
+# a row into float32, and of copying one number of a query.
+_PIECE_COST = 2e6
+_ROW_COST = 30
+_QUERY_COST = 15
+
+
+@dataclass(frozen=True, eq=False)
+class RowBounds:
+    """What bounds the influence of some rows.
+
+    Attributes:
+        norms: At least ‖∇ℓ_kl‖, shape [n, K * L], float32.
+        peaks: Of the same rows; of no entries where there are none.
+    """
+
+    norms: np.ndarray
+    peaks: Peaks
+
+    @classmethod
+    def of_stored(cls, norms: np.ndarray, peaks: Peaks, rounding: float) -> "RowBounds":
+        """Returns the bounds of rows whose factors were rounded after norms and peaks were taken.
+
+        Args:
+            norms: ‖∇ℓ_kl‖ before, shape [n, K, L].
+            peaks: As before.
+            rounding: By which share of itself each number of the factors may have changed.
+        """
+        more = np.float32((1 + rounding) ** 2 + _SLACK)
+        flat = norms.reshape(len(norms), -1) * more
+        # An entry's change counts as part of the rest: it is at most this share of the norm.
+        rests = (peaks.rests + np.float32(2 * rounding) * norms[:, :, 0]) * more
+        return cls(flat, Peaks(peaks.classes, peaks.values * more, rests))
+
+    def __len__(self) -> int:
+        return len(self.norms)
+
+    def rows(self, selection: slice | np.ndarray) -> "RowBounds":
+        """Returns those of the selected rows."""
+        return RowBounds(self.norms[selection], self.peaks.take(selection))
+
+
+class Pruner:
+    """Chooses the pairs of blocks that are worth multiplying.
+
+    Args:
+        queries: The query examples.
+        tile_rows: How many rows may be multiplied together.
+        threads: What the work is shared among.
+    """
+
+    def __init__(self, queries: Queries, tile_rows: int, threads: Threads) -> None:
+        self._queries = queries
+        self._tile_rows = max(_STRIP, tile_rows // _STRIP * _STRIP)
+        self._threads = threads
+        block, factors = queries.block, np.abs(np.outer(queries.scales, queries.weights))
+        norms = np.sqrt(squared_gradient_norms(block)) * factors[:, :, None]
+        self._norms = norms.reshape(len(queries), -1).T
+        layers = block.gradients[0].layers
+        self._numbers = len(block.gradients) * sum(layer.numbers_per_example for layer in layers)
+        self._parts = len(block.gradients) * len(layers)
+        self._signals = self._error_signals(factors)
+        self._signal_norms = [np.sqrt(np.einsum("cq,cq->q", s, s)) for s in self._signals]
+        self._without = 0
+
+    def pieces(self, rows: RowBounds, thresholds: np.ndarray) -> list[Piece]:
+        """Returns the pairs of a block that can still be among the strongest, in pieces.
+
+        Args:
+            rows: Bounds of its n rows.
+            thresholds: What the influence of a pair must reach, in size, shape [q], float64.
+        """
+        limits = self._queries.scales * thresholds * (1 - _SLACK)
+        starts = np.arange(0, len(rows), _STRIP)
+        upper = np.maximum.reduceat(rows.norms, starts, axis=0).astype(np.float64) @ self._norms
+        is_open = (upper >= limits) & (upper > 0)
+        if rows.peaks.count and self._signals and is_open.mean() > _OPEN_SHARE:
+            if self._without:
+                self._without -= 1
+            else:
+                before = is_open.sum()
+                is_open &= self._open_by_peaks(rows, limits, is_open)
+                if is_open.sum() > _PAYS_SHARE * before:
+                    self._without = _BLOCKS_WITHOUT
+        return self._grouped(is_open, len(rows))
+
+    def _error_signals(self, factors: np.ndarray) -> list[np.ndarray]:
+        """Returns |η_k| √(‖h'‖² + 1) e' of each checkpoint, shape [C, q]; none without peaks."""
+        block = self._queries.block
+        if not Peaks.of_block(block).count:
+            return []
+        found = []
+        for gradient, factor in zip(block.gradients, factors.T, strict=True):
+            layer = gradient.layers[0]
+            h = layer.activations.astype(np.float64)
+            norms = np.sqrt(np.vecdot(h, h) + layer.has_bias)
+            scaled = layer.error_signals * (factor * norms)[:, None]
+            found.append(np.ascontiguousarray(scaled.T, np.float32))
+        return found
+
+    def _open_by_peaks(
+        self, rows: RowBounds, limits: np.ndarray, is_open: np.ndarray
+    ) -> np.ndarray:
+        """Returns which strips have a row that is open by its peaks, for each query."""
+        found = np.zeros_like(is_open)
+        # Below this, float32 would round a bound to nothing.
+        limits = np.where(limits < _TINY, 0, limits).astype(np.float32)
+        strips = np.flatnonzero(is_open.any(axis=1))
+
+        def look(some: np.ndarray) -> None:
+            at = (some[:, None] * _STRIP + np.arange(_STRIP)).ravel()
+            bounds = self._bounds_by_peaks(rows.rows(at[at < len(rows)]))
+            starts = np.arange(0, len(bounds), _STRIP)
+            found[some] = np.maximum.reduceat(bounds, starts, axis=0) >= limits
+
+        parts = -(-len(strips) // 8)
+        self._threads.map(look, np.array_split(strips, parts) if parts else [])
+        return found
+
+    def _bounds_by_peaks(self, rows: RowBounds) -> np.ndarray:
+        """Returns the bound of each row and query, shape [n, q], float32."""
+        n, peaks = len(rows), rows.peaks
+        bounds: np.ndarray | None = None
+        ends = np.arange(0, (n + 1) * peaks.count, peaks.count, dtype=np.int32)[: n + 1]
+        for k, signals in enumerate(self._signals):
+            entries = (peaks.values[:, k].ravel(), peaks.classes[:, k].ravel(), ends)
+            products = csr_array(entries, shape=(n, len(signals))) @ signals
+            np.abs(products, out=products)
+            bounds = products if bounds is None else np.add(bounds, products, out=bounds)
+        assert bounds is not None
+        bounds += peaks.rests @ np.stack(self._signal_norms)
+        return bounds
+
+    def _grouped(self, is_open: np.ndarray, n: int) -> list[Piece]:
+        """Returns pieces with all open pairs; strips share one where that is cheaper."""
+        groups: list[tuple[int, int, np.ndarray]] = []
+        for i in np.flatnonzero(is_open.any(axis=1)).tolist():
+            start, stop, wanted = i * _STRIP, min(n, (i + 1) * _STRIP), is_open[i]
+            if groups:
+                begun, ended, others = groups[-1]
+                both = wanted | others
+                apart = self._cost(ended - begun, others) + self._cost(stop - start, wanted)
+                if stop - begun <= self._tile_rows and self._cost(stop - begun, both) <= apart:
+                    groups[-1] = begun, stop, both
+                    continue
+            groups.append((start, stop, wanted))
+        columns = self._queries.columns
+        return [Piece(slice(start, stop), columns(wanted)) for start, stop, wanted in groups]
+
+    def _cost(self, rows: int, wanted: np.ndarray) -> float:
+        """Returns what a piece takes, in multiplications."""
+        columns = int(np.count_nonzero(wanted))
+        numbers = rows * (2 * columns + _ROW_COST) + columns * _QUERY_COST
+        return self._parts * _PIECE_COST + numbers * self._numbers

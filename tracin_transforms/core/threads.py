@@ -1,0 +1,40 @@
+"""Threads that share the work on a block, each with a BLAS of one thread.
+
+Rows scored side by side need no locks, and what surrounds a matrix product (conversion, sums,
+comparisons) is shared out with it; BLAS's own threads would take part in the product alone.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Threads:
+    """A number of threads.
+
+    From the first on that is made, BLAS works with one thread in this process.
+
+    Args:
+        count: How many, usually cores / worker processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        threadpool_limits(1, "blas")
+        self.count = count
+        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+
+    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """Returns the function's result for each item, in order; the first error is raised."""
+        if self._pool is None:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()

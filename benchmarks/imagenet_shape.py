@@ -54,8 +54,8 @@ QUERY_SEED = 1
 # Mean cosine of activations of two examples of one class. 0.6 to 0.8 is usual; photographs of
 # synonymous classes here have 0.25 to 0.55, those of similar breeds of dogs up to 0.7.
 SAME_CLASS = 0.6
-# Rows that are made together: enough for matrix products, few enough for the cache.
-_PIECE = 512
+# Rows that are made together: enough for matrix products; and of these, for all else.
+_PIECE, _CHUNK = 512, 32
 # Main directions of the noise, which are drawn anew for each row and checkpoint.
 _MAIN = 64
 # Rows of noise in all other directions, of which each example gets two.
@@ -93,21 +93,23 @@ class Knobs:
         prototype: How much of an example's latent is that of its class.
         pull: How far it lies towards the weights of its class.
         spread: Standard deviation of that among examples: their difficulty.
-        confusion: How far it lies, on average, towards the weights of another class.
-        gain: Standard deviation of the logarithm of a factor of each example's activations.
-        scale: Factor of all activations.
+        confusion: How far it lies, usually, towards the weights of another class.
+        tail: Power of an exponential number that this is a multiple of: how unequal it is.
+        even: Which power of its norm an example's activations are divided by.
+        scale: Norm of the activations, nearly.
         temperature: Factor of all logits.
-        maturity: Factor of `pull` at each checkpoint.
+        behind: How much less the pull is at each checkpoint.
     """
 
-    prototype: float = 0.7
-    pull: float = 3.0
-    spread: float = 4.0
+    prototype: float = 0.75
+    pull: float = 4.0
+    spread: float = 2.0
     confusion: float = 2.0
-    gain: float = 0.1
-    scale: float = 0.8
-    temperature: float = 0.8
-    maturity: tuple[float, ...] = (1.0, 1.0, 1.0)
+    tail: float = 1.2
+    even: float = 0.35
+    scale: float = 15.0
+    temperature: float = 0.9
+    behind: tuple[float, ...] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,30 +279,51 @@ class ImageNetShape:
     def _fill(self, rows: Rows, rng: np.random.Generator, checkpoints: tuple[int, ...]) -> None:
         knobs, latent, n = self.knobs, self._latent, len(rows.labels)
         rows.labels[:] = rng.integers(0, CLASSES, n)
-        labels = rows.labels
-        shared = latent.bank_rows(rng, n)
-        shared *= self._noise
-        shared += self._prototypes[labels]
-        confused = latent.confused(rng, labels)
-        far = knobs.confusion * rng.standard_exponential((n, 1), np.float32)
-        shared += far * latent.towards[confused]
-        root = np.exp(0.5 * knobs.gain * rng.standard_normal((n, 1), np.float32))
-        root *= np.sqrt(knobs.scale)
-        towards = latent.towards[labels]
+        shared = self._shared(rng, rows.labels)
+        towards = latent.towards[rows.labels]
         difficulty = rng.standard_normal((n, 1), np.float32)
         main = rng.standard_normal((n, _MAIN), np.float32)
-        for k, h, e in zip(checkpoints, rows.activations, rows.error_signals, strict=True):
-            own = _correlated(rng, difficulty, 0.95)
+        for at, k in enumerate(checkpoints):
+            h, e = rows.activations[at], rows.error_signals[at]
+            far = knobs.spread * _correlated(rng, difficulty, 0.95)
+            far += knobs.pull - knobs.behind[k]
             np.matmul(_correlated(rng, main, 0.9) * self._noise, latent.main, out=h)
-            h += shared
-            h += (knobs.pull * knobs.maturity[k] + knobs.spread * own) * towards
-            np.maximum(h, 0, out=h)
-            h *= root
-            h *= h
+            for chunk in _chunks(n):
+                self._to_activations(h[chunk], shared[chunk], far[chunk] * towards[chunk])
             np.matmul(h, self._weights, out=e)
-            e += self.photographs.bias
-            at = checkpoints.index(k)
-            rows.predictions[:, at], rows.losses[:, at] = _to_error_signals(e, labels)
+            for chunk in _chunks(n):
+                e[chunk] += self.photographs.bias
+                rows.predictions[chunk, at], rows.losses[chunk, at] = _to_error_signals(
+                    e[chunk], rows.labels[chunk]
+                )
+
+    def _shared(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+        """Returns what all checkpoints have in common of the latents, shape [n, WIDTH]."""
+        n, latent = len(labels), self._latent
+        confused = latent.confused(rng, labels)
+        far = rng.standard_exponential((n, 1), np.float32) ** np.float32(self.knobs.tail)
+        far *= self.knobs.confusion
+        # Two rows of a circle, so that no two examples have the same noise.
+        picks = rng.integers(0, _BANK, (2, n))
+        angles = rng.uniform(0, 2 * np.pi, (n, 1))
+        first, second = (self._noise * f(angles).astype(np.float32) for f in (np.cos, np.sin))
+        found = np.empty((n, WIDTH), np.float32)
+        for chunk in _chunks(n):
+            part = found[chunk]
+            np.take(self._prototypes, labels[chunk], axis=0, out=part, mode="clip")
+            part += far[chunk] * latent.towards[confused[chunk]]
+            part += first[chunk] * latent.bank[picks[0, chunk]]
+            part += second[chunk] * latent.bank[picks[1, chunk]]
+        return found
+
+    def _to_activations(self, h: np.ndarray, *others: np.ndarray) -> None:
+        """Turns latents, less others that are added, into activations, in place."""
+        for other in others:
+            h += other
+        np.maximum(h, 0, out=h)
+        h *= h
+        norms = np.sqrt(np.einsum("nd,nd->n", h, h)[:, None])
+        h *= self.knobs.scale**self.knobs.even * norms ** -np.float32(self.knobs.even)
 
     @property
     def _noise(self) -> np.float32:
@@ -331,6 +354,11 @@ def _block(name: str, start: int, rows: Rows) -> FactorBlock:
             for checkpoint, h, e in gradients
         ),
     )
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    """Returns slices of n rows, of which several arrays fit the cache of a core."""
+    return (slice(start, start + _CHUNK) for start in range(0, n, _CHUNK))
 
 
 def _correlated(rng: np.random.Generator, shared: np.ndarray, correlation: float) -> np.ndarray:
@@ -406,15 +434,6 @@ class _Latent:
             similar=np.argsort(-(units @ units.T) + 9 * np.eye(CLASSES), axis=1)[:, :-1],
         )
 
-    def bank_rows(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Returns noise in all but the main directions, shape [n, WIDTH]."""
-        picks = rng.integers(0, _BANK, (2, n))
-        angles = rng.uniform(0, 2 * np.pi, (n, 1)).astype(np.float32)
-        found = self.bank[picks[0]]
-        found *= np.cos(angles)
-        found += np.sin(angles) * self.bank[picks[1]]
-        return found
-
     def confused(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
         """Returns another class for each label, similar ones mostly, as the photographs show."""
         ranks = np.exp(1.4 * rng.standard_exponential(len(labels))) - 1
@@ -479,7 +498,7 @@ def fit(photographs: Photographs) -> ImageNetShape:
     from scipy.optimize import minimize
 
     shape = ImageNetShape(photographs, Knobs())
-    names = [field.name for field in fields(Knobs) if field.name != "maturity"]
+    names = [field.name for field in fields(Knobs) if field.name != "behind"]
     wanted = _features(_of_photographs(photographs))
 
     def distance(logs: np.ndarray) -> float:
@@ -488,22 +507,22 @@ def fit(photographs: Photographs) -> ImageNetShape:
         return float(np.sum((found - wanted) ** 2)) + 10 * max(0.0, logs[0] + 0.01) ** 2
 
     start = np.log([getattr(shape.knobs, name) for name in names])
-    found = minimize(distance, start, method="Nelder-Mead", options={"maxfev": 250, "fatol": 1e-3})
+    found = minimize(distance, start, method="Nelder-Mead", options={"maxfev": 400, "fatol": 1e-3})
     knobs = replace(Knobs(), **dict(zip(names, np.exp(found.x).tolist(), strict=True)))
     print(f"fitted to {found.fun:.3f} after {found.nfev} trials", flush=True)
-    matured = [_maturity(shape.with_knobs(knobs), accuracy) for accuracy in ACCURACIES[:-1]]
-    return shape.with_knobs(replace(knobs, maturity=(*matured, 1.0)))
+    behind = [_behind(shape.with_knobs(knobs), accuracy) for accuracy in ACCURACIES[:-1]]
+    return shape.with_knobs(replace(knobs, behind=(*behind, 0.0)))
 
 
-def _maturity(shape: ImageNetShape, accuracy: float) -> float:
-    """Returns the factor of the pull with which a checkpoint has an accuracy."""
-    low, high = -2.0, 1.0
+def _behind(shape: ImageNetShape, accuracy: float) -> float:
+    """Returns how much less the pull is at a checkpoint that has an accuracy."""
+    low, high = 0.0, 8.0
     for _ in range(8):
         middle = (low + high) / 2
-        knobs = replace(shape.knobs, maturity=(middle,))
-        rows = shape.with_knobs(knobs).rows(4096, (2, 0), checkpoints=(0,))
-        right = (rows.predictions[:, 0] == rows.labels).mean() < accuracy
-        low, high = (middle, high) if right else (low, middle)
+        tried = shape.with_knobs(replace(shape.knobs, behind=(middle,)))
+        rows = tried.rows(4096, (2, 0), checkpoints=(0,))
+        better = (rows.predictions[:, 0] == rows.labels).mean() > accuracy
+        low, high = (middle, high) if better else (low, middle)
     return middle
 
 
@@ -555,13 +574,14 @@ def statistics(
     cosines = units @ units.T
     upper = np.triu(np.ones(cosines.shape, bool), 1)
     same = labels[:, None] == labels
+    rms = np.sqrt(np.mean(norms**2) / activations.shape[1])
     return {
         "p of the label": np.exp(-losses),
         "‖e‖": np.sqrt(whole),
         "‖h‖": norms,
         **{f"share of ‖e‖² in {k}": squares[:, :k].sum(axis=1) / whole for k in (1, 2, 8)},
         **{f"wrong p in {k}": wrong[:, :k].sum(axis=1) / mass for k in (1, 5, 20)},
-        "entries of h": activations.ravel()[::7],
+        "entries of h / rms": activations.ravel()[::7] / rms,
         "cosine, other class": cosines[upper & ~same],
         "cosine, same class": cosines[upper & same],
         "accuracy": np.full(1, (predictions == labels).mean()),

@@ -136,7 +136,10 @@ def _pass_over(
 ) -> _Pass:
     notes = JobNotes(work / "notes")
     notes.create()
-    write_factor_block(work / "queries.npz", queries)
+    # On a query without gradient nothing has influence: it need not be asked, if others are.
+    has_gradient = Queries.prepare(queries, ready.weights).with_gradient
+    asked = queries.rows(has_gradient) if has_gradient.any() else queries
+    write_factor_block(work / "queries.npz", asked)
     threads = threads_per_process(beam_args)
     question = Question(work / "queries.npz", ready.weights, options.k, threads)
 
@@ -157,9 +160,8 @@ def _pass_over(
 
     progress = Progress(notes, ready.count, shard_seconds=options.shard_timeout)
     seconds = run_pipeline(build, beam_args, progress)
-    with_gradient = int(Queries.prepare(queries, ready.weights).with_gradient.sum())
-    pairs = read_pairs(work)
-    return _Pass(work, notes, len(queries), len(queries) - with_gradient, pairs, seconds)
+    without = int((~has_gradient).sum())
+    return _Pass(work, notes, len(queries), without, read_pairs(work), seconds)
 
 
 def _count_fewer(parts: Sequence[AnyPath], k: int, queries: int) -> dict[str, int]:

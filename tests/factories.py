@@ -26,6 +26,7 @@ def random_block(
     layers: int = 1,
     shard: str = "s",
     positions: int = 1,
+    classes: int = CLASSES,
 ) -> FactorBlock:
     """Returns a block of random factors with ids ``z00000``, ``z00001``, ..."""
     shape = (n,) if positions == 1 else (n, positions)
@@ -33,8 +34,8 @@ def random_block(
         shard=shard,
         indices=np.arange(n),
         example_ids=np.array([f"{prefix}{i:05d}" for i in range(n)], dtype=str),
-        labels=rng.integers(0, CLASSES, n).astype(np.int32),
-        predictions=rng.integers(0, CLASSES, (n, CHECKPOINTS)).astype(np.int32),
+        labels=rng.integers(0, classes, n).astype(np.int32),
+        predictions=rng.integers(0, classes, (n, CHECKPOINTS)).astype(np.int32),
         losses=rng.random((n, CHECKPOINTS), dtype=np.float32),
         gradients=tuple(
             GradientFactors(
@@ -43,7 +44,7 @@ def random_block(
                     LayerFactors(
                         f"dense-{i}",
                         rng.standard_normal((*shape, WIDTH + i)).astype(np.float32),
-                        rng.standard_normal((*shape, CLASSES)).astype(np.float32),
+                        rng.standard_normal((*shape, classes)).astype(np.float32),
                         has_bias,
                     )
                     for i in range(layers)

@@ -13,6 +13,11 @@ import numpy as np
 
 from tracin_transforms.core.errors import ExampleError
 
+_DTYPES = {
+    "activations": (np.dtype("float32"), np.dtype("int32")),
+    "error_signals": (np.dtype("float32"),),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
@@ -35,12 +40,13 @@ class LayerFactors:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        for field, dtypes in (("activations", "float32 int32"), ("error_signals", "float32")):
+        for field, dtypes in _DTYPES.items():
             array = getattr(self, field)
-            if array.ndim not in (2, 3) or str(array.dtype) not in dtypes.split():
+            if array.ndim not in (2, 3) or array.dtype not in dtypes:
+                names = " ".join(map(str, dtypes))
                 raise ValueError(
                     f"{field} of layer {self.name!r}: shape {array.shape} and dtype {array.dtype}, "
-                    f"expected [examples, width] or [examples, positions, width] in {dtypes}"
+                    f"expected [examples, width] or [examples, positions, width] in {names}"
                 )
         if self.activations.shape[:-1] != self.error_signals.shape[:-1]:
             raise ValueError(

@@ -20,8 +20,10 @@ import numpy as np
 from tracin_transforms.core.buffers import Buffers
 from tracin_transforms.core.factors import LayerFactors
 
-# What is gathered or materialised at a time.
+# What is materialised at a time.
 _BUDGET_BYTES = 64 * 2**20
+# What is gathered at a time of chosen pairs: it is gone through several times, and stays near.
+_PAIR_BYTES = 2**20
 # Each thread that scores has three products in hand at a time.
 _PRODUCTS = Buffers(16)
 
@@ -61,7 +63,7 @@ def pair_products(
     numbers = layer.numbers_per_example + other.numbers_per_example
     numbers += 2 * layer.positions * other.positions
     found = [np.empty(0)]
-    for piece in _pieces(len(rows), _rows_that_fit(8 * numbers)):
+    for piece in _pieces(len(rows), max(1, _PAIR_BYTES // (8 * numbers))):
         mine, theirs = layer.rows(rows[piece]), other.rows(other_rows[piece])
         groups = zip(mine.by_group(), theirs.by_group(), strict=True)
         found.append(np.sum([_one_by_one(a, b) for a, b in groups], axis=0))

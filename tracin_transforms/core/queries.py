@@ -51,7 +51,7 @@ class Queries:
 
     @property
     def with_gradient(self) -> np.ndarray:
-        """Which queries have a gradient other than zero; the others rank nothing. Shape [q]."""
+        """Which queries have a gradient other than 0; on the others nothing has influence."""
         found: np.ndarray = (self.norms * (self.weights != 0)).any(axis=1)
         return found
 

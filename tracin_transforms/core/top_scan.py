@@ -30,7 +30,7 @@ _TILE_BYTES = 8 * 2**20
 # Above this many candidates per query and k their own k-th best value is worth computing.
 _CANDIDATES_PER_K = 4
 # Pairs that one thread computes again at a time.
-_PAIRS = 512
+_PAIRS = 2048
 # Candidates wait until they are this share of what is known already.
 _PENDING_SHARE = 0.25
 
@@ -103,7 +103,6 @@ class TopScan:
         self._best = TopInfluences.empty(queries.block, k)
         self._thresholds = self._floor
         self._pending: list[InfluenceRows] = []
-        self._all = np.flatnonzero(queries.with_gradient)
         self._pairs = 0
 
     @property
@@ -153,10 +152,11 @@ class TopScan:
         return self._best.sorted(self._pairs)
 
     def _tiles(self, block: Rows) -> list[Piece]:
-        """Returns pieces with all pairs of a block that have a gradient."""
-        step = min(self.tile_rows, -(-len(block) // self._threads.count))
+        """Returns pieces with all pairs of a block."""
+        step = max(1, min(self.tile_rows, -(-len(block) // self._threads.count)))
+        every = np.arange(len(self._queries))
         return [
-            Piece(slice(start, min(start + step, len(block))), self._all)
+            Piece(slice(start, min(start + step, len(block))), every)
             for start in range(0, len(block), step)
         ]
 

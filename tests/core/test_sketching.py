@@ -49,12 +49,13 @@ def _arrays(layers):
 
 
 def _gradients(layer):
-    """Σ_p e_p h̃_pᵀ of each example, shape [n, C, d̃], float64."""
-    e, h = layer.error_signals.astype(float), layer.activations.astype(float)
-    if layer.has_bias:
-        h = np.concatenate([h, np.ones((*h.shape[:-1], 1))], axis=-1)
-    e, h = (array.reshape(len(layer), layer.positions, -1) for array in (e, h))
-    return np.einsum("npc,npd->ncd", e, h)
+    """Σ_p e_p h_pᵀ of each example, [n, C, d], and Σ_p e_p, [n, C], 0 without a bias; float64."""
+    n, positions = len(layer), layer.positions
+    e, h = (
+        array.astype(float).reshape(n, positions, -1)
+        for array in (layer.error_signals, layer.activations)
+    )
+    return np.einsum("npc,npd->ncd", e, h), layer.has_bias * e.sum(axis=1)
 
 
 def _covariance_of_forms(p, q):
@@ -64,23 +65,24 @@ def _covariance_of_forms(p, q):
     return (p * q * off).sum(axis=(-1, -2)) / 2
 
 
-def _variance(g, other, error_rows, activation_rows):
-    """The variance of ⟨A G Bᵀ, A G' Bᵀ⟩ = Σ_a aᵀ M a / r₁, where M = G Bᵀ B G'ᵀ.
+def _variance(g, other, b, other_b, error_rows, activation_rows):
+    """The variance of ⟨A G Bᵀ, A G' Bᵀ⟩ + ⟨A b, A b'⟩ = Σ_a aᵀ M a / r₁, M = G Bᵀ B G'ᵀ + b b'ᵀ.
 
     By the law of total variance, for gradients G and G' of any rank; None: no A.
     """
-    forms = np.einsum("jc,kd->jkcd", g, other)  # M_jk is the form of these, over r₂.
+    forms = np.einsum("jc,kd->jkcd", g, other)  # M_jk − b_j b'_k is the form of these, over r₂.
     trace = np.einsum("jjcd->cd", forms)
     variance = _covariance_of_forms(trace, trace) / activation_rows
     if error_rows is None:
         return variance
     pairs = forms + forms.swapaxes(0, 1)
-    squares = np.einsum("jkcc->jk", pairs) ** 2
+    of_bias = np.outer(b, other_b)
+    squares = (np.einsum("jkcc->jk", pairs) + of_bias + of_bias.T) ** 2
     squares += _covariance_of_forms(pairs, pairs) / activation_rows
     return variance + (squares.sum() - np.trace(squares)) / (2 * error_rows)
 
 
-def _variance_at_one_position(e, f, h, g, error_rows, activation_rows):
+def _variance_at_one_position(e, f, h, g, bias, error_rows, activation_rows):
     """The formulas of the module."""
 
     def of_side(x, y):
@@ -91,15 +93,16 @@ def _variance_at_one_position(e, f, h, g, error_rows, activation_rows):
     if error_rows is None:
         return s**2 * v
     u = of_side(e, f) / error_rows
-    return u * v + s**2 * v + t**2 * u
+    return u * v + s**2 * v + (t + bias) ** 2 * u
 
 
+@pytest.mark.parametrize("bias", [0, 1])
 @pytest.mark.parametrize("error_rows", [None, 3])
-def test_the_variance_for_any_rank_is_that_of_the_module_at_one_position(error_rows):
+def test_the_variance_for_any_rank_is_that_of_the_module_at_one_position(error_rows, bias):
     rng = np.random.default_rng(0)
     e, f, h, g = (rng.standard_normal(m) for m in (4, 4, 7, 7))
-    found = _variance(np.outer(e, h), np.outer(f, g), error_rows, 2)
-    assert found == pytest.approx(_variance_at_one_position(e, f, h, g, error_rows, 2))
+    found = _variance(np.outer(e, h), np.outer(f, g), bias * e, bias * f, error_rows, 2)
+    assert found == pytest.approx(_variance_at_one_position(e, f, h, g, bias, error_rows, 2))
 
 
 @pytest.mark.parametrize("sketch", SKETCHES, ids=str)
@@ -121,10 +124,10 @@ def test_is_unbiased_with_the_variance_of_the_formula(sketch, has_bias, position
     assert blocks[0].gradients[0].layers[0].error_signals.shape[-1] == (error_rows or CLASSES)
     assert blocks[0].gradients[0].layers[0].activations.shape[-1] == activation_rows
 
-    gradients, others = (_gradients(b.gradients[0].layers[0]) for b in (block, queries))
-    pairs = list(zip(gradients[rows], others[columns], strict=True))
-    expected = np.array([(g * other).sum() for g, other in pairs])
-    variances = np.array([_variance(g, f, error_rows, activation_rows) for g, f in pairs])
+    (g, b), (f, c) = (_gradients(part.gradients[0].layers[0]) for part in (block, queries))
+    pairs = list(zip(g[rows], f[columns], b[rows], c[columns], strict=True))
+    expected = np.array([(g * f).sum() + b @ c for g, f, b, c in pairs])
+    variances = np.array([_variance(*pair, error_rows, activation_rows) for pair in pairs])
     errors = (found - expected[:, None]) / np.sqrt(variances)[:, None]
     draws = SEEDS * CHECKPOINTS
     assert np.abs(errors.mean(axis=(0, 2))).max() < 4.5 / np.sqrt(draws)
@@ -190,33 +193,36 @@ def test_checkpoint_place_and_seed_are_what_matrices_are_drawn_from():
 
 
 @pytest.mark.parametrize(
-    ("text", "outputs", "width", "has_bias", "expected"),
+    ("text", "outputs", "width", "expected"),
     [
-        ("10", 4, 20, True, (4, 6, False)),
-        ("10", 4, 6, True, (4, 6, False)),
-        ("10", 4, 5, True, (4, 5, True)),
-        ("10", 4, 6, False, (4, 6, False)),
-        ("10", 9, 20, True, (9, 1, False)),
-        ("two-sided:20", 40, 40, True, (15, 5, False)),
-        ("two-sided:20", 15, 40, True, (15, 5, False)),
-        ("two-sided:20", 10, 40, True, (10, 10, False)),
-        ("two-sided:20", 40, 4, True, (15, 4, True)),
-        ("two-sided:20", 40, 3, True, (16, 3, True)),
-        ("two-sided:20", 40, 3, False, (17, 3, False)),
-        ("two-sided:20", 10, 9, True, (10, 9, True)),
-        ("two-sided:20", 16, 3, True, (16, 3, True)),
-        ("two-sided:2", 40, 40, True, (1, 1, False)),
-        ("two-sided:3", 1, 40, True, (1, 2, False)),
+        ("10", 4, 20, (4, 6)),
+        ("10", 4, 7, (4, 6)),
+        ("10", 4, 6, (4, 6)),
+        ("10", 4, 5, (4, 5)),
+        ("10", 9, 20, (9, 1)),
+        ("two-sided:20", 40, 40, (15, 5)),
+        ("two-sided:20", 15, 40, (15, 5)),
+        ("two-sided:20", 10, 40, (10, 10)),
+        ("two-sided:20", 40, 5, (15, 5)),
+        ("two-sided:20", 40, 4, (16, 4)),
+        ("two-sided:20", 40, 3, (17, 3)),
+        ("two-sided:20", 10, 10, (10, 10)),
+        ("two-sided:20", 10, 11, (10, 10)),
+        ("two-sided:20", 17, 3, (17, 3)),
+        ("two-sided:2", 40, 40, (1, 1)),
+        ("two-sided:3", 1, 40, (1, 2)),
     ],
 )
+@pytest.mark.parametrize("has_bias", [True, False])
 def test_numbers_are_split_and_narrow_sides_are_whole(text, outputs, width, has_bias, expected):
     layer = _layer(6, width, outputs, has_bias)
     (found,) = _projected(Sketch.parse(text), layer)
     e, h = found.error_signals, found.activations
-    assert (e.shape[-1], h.shape[-1], found.has_bias) == expected
+    assert (e.shape[-1], h.shape[-1]) == expected
+    assert found.has_bias == has_bias
     assert e.dtype == h.dtype == np.float32
     assert (e is layer.error_signals) == (e.shape[-1] == outputs)
-    assert (h is layer.activations) == (h.shape[-1] == width and found.has_bias == has_bias)
+    assert (h is layer.activations) == (h.shape[-1] == width)
     whole = e is layer.error_signals and h is layer.activations
     assert np.array_equal(all_products(found, found), all_products(layer, layer)) == whole
 

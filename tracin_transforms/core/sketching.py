@@ -1,14 +1,16 @@
 """Sketches: gradient factors replaced by random projections of them, which are factors again.
 
-With random matrices A [r₁, C] and B [r₂, d̃] whose entries are independent and ±1/√r, the gradient
-Σ_p e_p h̃_pᵀ becomes A (Σ_p e_p h̃_pᵀ) Bᵀ, with factors A e_p and B h̃_p. h̃ is h, with a 1 after it
-where the layer has a bias. As E[AᵀA] = E[BᵀB] = I, inner products stay what they were in
-expectation; with s = e·e', t = h̃·h̃', one position,
+With random matrices A [r₁, C] and B [r₂, d] whose entries are independent and ±1/√r, the weights'
+gradient Σ_p e_p h_pᵀ becomes A (Σ_p e_p h_pᵀ) Bᵀ, with factors A e_p and B h_p. The bias's gradient
+becomes A Σ_p e_p: its 1 is not projected, which takes no number and is exact but for A. As
+E[AᵀA] = E[BᵀB] = I, and A and B are independent, inner products stay what they were in expectation;
+with s = e·e', t = h·h', β = 1 where the layer has a bias and 0 where not, one position,
 
-    Var = (P_h + t² − 2Η) s²/r₂                          only h̃ projected
-    Var = U V + s² V + t² U,  U = (P_e + s² − 2Γ)/r₁,  V = (P_h + t² − 2Η)/r₂         both
+    Var = s² V                                                           only h projected
+    Var = U V + s² V + (t + β)² U,  U = (P_e + s² − 2Γ)/r₁                           both
 
-where P_e = ‖e‖²‖e'‖², Γ = Σ_i e_i² e'_i², P_h = ‖h̃‖²‖h̃'‖², Η = Σ_j h̃_j² h̃'_j².
+where V = (P_h + t² − 2Η)/r₂, P_e = ‖e‖²‖e'‖², Γ = Σ_i e_i² e'_i², P_h = ‖h‖²‖h'‖²,
+Η = Σ_j h_j² h'_j².
 
 Reference:
     Pruthi et al. (2020), appendix F (both factors of a fully connected layer projected).
@@ -106,8 +108,7 @@ class Sketch:
 
         Returns:
             The same examples. Of a projected layer: error signals [n, r₁] or [n, P, r₁] and
-            activations [n, r₂] or [n, P, r₂], float32; no bias, as B h̃ includes it, unless the
-            activations are whole.
+            activations [n, r₂] or [n, P, r₂], float32; the bias as it was.
 
         Raises:
             InputError: Error signals to be kept whole leave no number for the activations.
@@ -125,23 +126,23 @@ class Sketch:
         if layer.groups > 1 or layer.is_one_hot:
             return layer
         e, h = layer.error_signals, layer.activations
-        outputs, inputs = e.shape[-1], h.shape[-1] + layer.has_bias
+        outputs, inputs = e.shape[-1], h.shape[-1]
         error_rows, activation_rows = self._rows(layer.name, outputs, inputs)
         drawn_from = (self.seed, checkpoint_id, place)
         if error_rows < outputs:
             e = _projected(e, _matrix(*drawn_from, "error_signals", error_rows, outputs))
-        if activation_rows == inputs:
-            return replace(layer, error_signals=e)
-        h = _projected(h, _matrix(*drawn_from, "activations", activation_rows, inputs))
-        return LayerFactors(layer.name, h, e, has_bias=False)
+        if activation_rows < inputs:
+            h = _projected(h, _matrix(*drawn_from, "activations", activation_rows, inputs))
+        return replace(layer, error_signals=e, activations=h)
 
     def _rows(self, layer_name: str, outputs: int, inputs: int) -> tuple[int, int]:
         """Returns r₁ and r₂; a side that has as many numbers already is whole.
 
-        Two-sided, with a = cos(e, e') and b = cos(h̃, h̃'), the leading part of the variance is
-        b²(1 + a²)/r₁ + a²(1 + b²)/r₂, least at r₁/r₂ = 1 where a = b, and at ever larger ratios as
-        the error signals of unrelated examples come close to orthogonal. Three quarters for them
-        are at most 4/3 of the least variance wherever |a| <= |b|, no other share promises less.
+        Two-sided, with a = cos(e, e') and b = cos(h, h'), the leading part of the variance is
+        b²(1 + a²)/r₁ + a²(1 + b²)/r₂ without a bias, least at r₁/r₂ = 1 where a = b, and at ever
+        larger ratios as the error signals of unrelated examples come close to orthogonal. Three
+        quarters for them are at most 4/3 of the least variance wherever |a| <= |b|, no other share
+        promises less. A bias adds to the first part alone, where t + 1 is larger than t.
         """
         if self.kind == ACTIVATIONS:
             if outputs >= self.numbers:
@@ -157,20 +158,17 @@ class Sketch:
 
 
 def _projected(vectors: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Returns each vector's projection; a matrix of one more column than numbers adds it, times 1.
+    """Returns each vector's projection.
 
     Args:
         vectors: Shape [n, m] or [n, P, m], float32.
-        matrix: Shape [r, m] or [r, m + 1], float32.
+        matrix: Shape [r, m], float32.
 
     Returns:
         Shape [n, r] or [n, P, r], float32.
     """
-    width = vectors.shape[-1]
     # One product for all positions: a stack of them is multiplied example by example.
-    found = vectors.reshape(-1, width) @ matrix[:, :width].T
-    if matrix.shape[1] > width:
-        found += matrix[:, width]
+    found = vectors.reshape(-1, vectors.shape[-1]) @ matrix.T
     return found.reshape(*vectors.shape[:-1], len(matrix))
 
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import apache_beam as beam
@@ -20,7 +20,8 @@ from pipelines.outputs import (
     skipped_line,
     staged_output,
 )
-from pipelines.queries import Asked, groups, open_queries
+from pipelines.queries import Asked, groups, kept_of_each, open_queries
+from pipelines.rescoring import Rescoring, open_rescoring
 from pipelines.training import FromExamples, FromStore, Training, open_training
 from tracin_transforms.beam.influence import (
     Question,
@@ -30,6 +31,7 @@ from tracin_transforms.beam.influence import (
     WriteScoreMatrix,
     read_pairs,
 )
+from tracin_transforms.beam.store import ReadFactors
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.queries import Queries
@@ -48,14 +50,17 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     """
     training = open_training(options)
     asked = open_queries(options, training)
-    more = {"score_matrix": True} if options.score_matrix else {}
+    rescoring = open_rescoring(options, training, asked)
+    more = {} if rescoring is None else rescoring.described()
+    more |= {"score_matrix": True} if options.score_matrix else {}
     described = training.described(**asked.described(), k=options.k, **more)
     output = open_output(options, described)
     if done := output.already_done():
         return done
     with staged_output(output) as staging, training.ready() as ready:
+        job = _Job(options, beam_args, ready, asked, rescoring, staging)
         passes = [
-            _pass_over(ready, queries, staging.work / f"pass-{i:05d}", staging, options, beam_args)
+            job.pass_over(queries, staging.work / f"pass-{i:05d}")
             for i, queries in enumerate(_groups(asked, ready, options))
         ]
         count, bad = ready.finished(passes[0].notes)
@@ -75,11 +80,18 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
             "scored_share": sum(found.pairs for found in passes) / (count * queries),
             "seconds": seconds,
         }
+        if rescoring is not None:
+            facts["rescored_pairs"] = sum(found.rescored_pairs for found in passes)
+            facts["rescoring_seconds"] = sum(found.rescoring_seconds for found in passes)
         write_manifest(staging.result, described, facts)
         repeated = sum(found.notes.repeated() for found in passes)
         size = ready.size * len(passes)
         metrics = metrics_line(count * len(passes), size, seconds, len(bad), repeated)
-    notes = [*_shares(facts, options), *skipped_line(len(bad), output.path)]
+    notes = [
+        *_shares(facts, options),
+        *_estimates(facts, training, options),
+        *skipped_line(len(bad), output.path),
+    ]
     if asked.skipped:
         notes.append(f"{asked.skipped:,} query examples could not be used: see their store.")
     ending = _ending(output.path, options.score_matrix)
@@ -91,12 +103,14 @@ class _Pass:
     """A pass over the training examples for some of the queries.
 
     Attributes:
-        directory: Has what `WriteInfluence` writes.
+        directory: Has what `WriteInfluence` writes of the strongest pairs.
         notes: Of its processes.
         queries: Number of queries.
         without_gradient: How many of them have no gradient.
         pairs: How many pairs were scored.
         seconds: What the pipeline took.
+        rescored_pairs: How many pairs of a shortlist were scored again.
+        rescoring_seconds: What that took.
     """
 
     directory: AnyPath
@@ -105,6 +119,8 @@ class _Pass:
     without_gradient: int
     pairs: int
     seconds: float
+    rescored_pairs: int = 0
+    rescoring_seconds: float = 0.0
 
 
 def _groups(asked: Asked, ready: Training, options: argparse.Namespace) -> Iterator[FactorBlock]:
@@ -114,7 +130,7 @@ def _groups(asked: Asked, ready: Training, options: argparse.Namespace) -> Itera
         InputError: They are more than one pass has room for, and each pass would compute the
             training examples' factors anew.
     """
-    found = groups(asked.blocks(), options.k)
+    found = groups(asked.blocks(), kept_of_each(options))
     yield next(found)
     for group in found:
         if isinstance(ready, FromExamples):
@@ -126,42 +142,71 @@ def _groups(asked: Asked, ready: Training, options: argparse.Namespace) -> Itera
         yield group
 
 
-def _pass_over(
-    ready: Training,
-    queries: FactorBlock,
-    work: AnyPath,
-    staging: Staging,
-    options: argparse.Namespace,
-    beam_args: Sequence[str],
-) -> _Pass:
-    notes = JobNotes(work / "notes")
-    notes.create()
-    # On a query without gradient nothing has influence: it need not be asked, if others are.
-    has_gradient = Queries.prepare(queries, ready.weights).with_gradient
-    asked = queries.rows(has_gradient) if has_gradient.any() else queries
-    write_factor_block(work / "queries.npz", asked)
-    threads = threads_per_process(beam_args)
-    question = Question(work / "queries.npz", ready.weights, options.k, threads)
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What all passes share.
 
-    def build(pipeline: beam.Pipeline) -> None:
+    Attributes:
+        options: The command's.
+        beam_args: Beam's options.
+        ready: The training examples.
+        asked: The queries.
+        rescoring: How the strongest are scored again, or None.
+        staging: Where results go.
+    """
+
+    options: argparse.Namespace
+    beam_args: Sequence[str]
+    ready: Training
+    asked: Asked
+    rescoring: Rescoring | None
+    staging: Staging
+
+    def pass_over(self, queries: FactorBlock, work: AnyPath) -> _Pass:
+        """Makes a pass for some queries, with their gradient factors as `Asked` gives them."""
+        notes = JobNotes(work / "notes")
+        notes.create()
+        # On a query without gradient nothing has influence: it need not be asked, if others are.
+        has_gradient = Queries.prepare(queries, self.ready.weights).with_gradient
+        some = queries.rows(has_gradient) if has_gradient.any() else queries
+        write_factor_block(work / "queries.npz", self.asked.as_stored(some))
+        question = Question(
+            work / "queries.npz",
+            self.ready.weights,
+            kept_of_each(self.options),
+            threads_per_process(self.beam_args),
+        )
+        timeout = self.options.shard_timeout
+        progress = Progress(notes, self.ready.count, shard_seconds=timeout)
+        seconds = run_pipeline(
+            lambda pipeline: self._build(pipeline, question, work, notes), self.beam_args, progress
+        )
+        without = int((~has_gradient).sum())
+        found = _Pass(work, notes, len(queries), without, read_pairs(work), seconds)
+        if self.rescoring is None:
+            return found
+        again = work / "again"
+        pairs, seconds = self.rescoring.run(some, question, again, self.beam_args)
+        return replace(found, directory=again, rescored_pairs=pairs, rescoring_seconds=seconds)
+
+    def _build(
+        self, pipeline: beam.Pipeline, question: Question, work: AnyPath, notes: JobNotes
+    ) -> None:
+        ready = self.ready
         if isinstance(ready, FromStore):
             score = ScoreStoredInfluence(
-                question, ready.store, ready.checkpoint_ids, options.prune, notes
+                question, ready.store, ready.checkpoint_ids, self.options.prune, notes
             )
-            top = ready.names(pipeline) | score
+            names = ready.names(pipeline)
+            top = names | score
         else:
             blocks = ready.blocks(pipeline, notes)
             top = blocks | ScoreInfluence(question)
         _ = top | WriteInfluence(question.queries, work)
-        if options.score_matrix:
+        if self.options.score_matrix:
             if isinstance(ready, FromStore):
-                blocks = ready.blocks(pipeline)
-            _ = blocks | WriteScoreMatrix(question, staging.result)
-
-    progress = Progress(notes, ready.count, shard_seconds=options.shard_timeout)
-    seconds = run_pipeline(build, beam_args, progress)
-    without = int((~has_gradient).sum())
-    return _Pass(work, notes, len(queries), without, read_pairs(work), seconds)
+                blocks = names | ReadFactors(ready.store, ready.checkpoint_ids)
+            _ = blocks | WriteScoreMatrix(question, self.staging.result)
 
 
 def _count_fewer(parts: Sequence[AnyPath], k: int, queries: int) -> dict[str, int]:
@@ -188,6 +233,20 @@ def _shares(facts: dict[str, Any], options: argparse.Namespace) -> list[str]:
     return lines
 
 
+def _estimates(facts: dict[str, Any], training: Training, options: argparse.Namespace) -> list[str]:
+    """Returns what the summary says of influences from sketches."""
+    if training.sketch is None:
+        return []
+    sketches = f"sketches of {training.sketch.numbers:,} numbers"
+    if options.rescore is None:
+        return [f"Influences are estimates from {sketches}; --rescore makes them exact."]
+    return [
+        f"Found by {sketches}: the {kept_of_each(options):,} strongest of each query and "
+        f"direction, {facts['rescored_pairs']:,} pairs. They were scored again in "
+        f"{facts['rescoring_seconds']:,.1f} s: influences are exact."
+    ]
+
+
 def _summary(first: pa.Table, k: int, facts: dict[str, Any]) -> str:
     queries = facts["queries"]
     lines = [f"The {k} strongest proponents and opponents of each of {queries:,} queries:"]
@@ -206,9 +265,10 @@ def _summary(first: pa.Table, k: int, facts: dict[str, Any]) -> str:
     for direction, count in facts["fewer_than_k"].items():
         count -= facts["without_gradient"]
         if count:
+            among = "on the shortlist " if "rescored_pairs" in facts else ""
             lines.append(
                 f"{count:,} of {queries:,} queries have fewer than {k} {direction}s: no more "
-                "training examples have an influence of that sign on them."
+                f"training examples {among}have an influence of that sign on them."
             )
     return "\n".join(lines)
 

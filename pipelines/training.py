@@ -18,11 +18,11 @@ from pipelines.inputs import (
     weighted_series,
 )
 from tracin_transforms.beam.extract import ExtractFactors, Extraction, SharedExtractor
-from tracin_transforms.beam.store import ReadFactors
 from tracin_transforms.core.checkpoints import Checkpoint, CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.protocols import BadExample, ExampleSource, Shard, fingerprint
+from tracin_transforms.core.sketching import Sketch
 from tracin_transforms.storage.checkpoint_series import (
     checkpoint_files,
     checkpoint_hash,
@@ -56,6 +56,8 @@ class FromExamples:
     shards: tuple[Shard, ...]
     fingerprint: dict[str, Any]
     extractor: SharedExtractor | None = None
+    # Factors that are computed are not projected.
+    sketch = None
 
     @property
     def count(self) -> int | None:
@@ -139,6 +141,11 @@ class FromStore:
         return tuple(checkpoint.id for checkpoint in self.series.checkpoints)
 
     @property
+    def sketch(self) -> Sketch | None:
+        """How the store's factors were projected; None where they are the gradients' own."""
+        return self.store.description.sketch
+
+    @property
     def shard_names(self) -> list[str]:
         """The names of the store's shards."""
         return [shard.name for shard in self.store.description.shards]
@@ -167,12 +174,6 @@ class FromStore:
     def names(self, pipeline: beam.Pipeline) -> beam.PCollection[str]:
         """Adds the step that gives the names of the shards."""
         return pipeline | "Shards" >> beam.Create(self.shard_names)
-
-    def blocks(
-        self, pipeline: beam.Pipeline, notes: JobNotes | None = None
-    ) -> beam.PCollection[FactorBlock]:
-        """Adds the steps that give the blocks."""
-        return self.names(pipeline) | ReadFactors(self.store, self.checkpoint_ids, notes)
 
     def finished(self, notes: JobNotes) -> tuple[int, list[BadExample]]:
         """Returns how many examples were used, and those that could not be."""

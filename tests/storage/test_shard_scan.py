@@ -264,7 +264,8 @@ def test_peaks_bound_what_they_stand_for():
             peaks.rests[:, k], np.linalg.norm(rest, axis=1) * norms, rtol=1e-4, atol=1e-6
         )
         sizes = np.abs(layer.error_signals)
-        assert (np.sort(sizes, axis=1)[:, -8] <= np.where(kept != 0, sizes, np.inf).min(axis=1)).all()
+        smallest = np.where(kept != 0, sizes, np.inf).min(axis=1)
+        assert (np.sort(sizes, axis=1)[:, -8] <= smallest).all()
 
 
 def test_no_peaks_but_of_one_wide_layer():

@@ -23,7 +23,7 @@ from tracin_transforms.core.factors import LayerFactors
 # What is materialised at a time.
 _BUDGET_BYTES = 64 * 2**20
 # What is gathered at a time of chosen pairs: it is gone through several times, and stays near.
-_PAIR_BYTES = 2**20
+_PAIR_BYTES = 4 * 2**20
 # Each thread that scores has three products in hand at a time.
 _PRODUCTS = Buffers(16)
 
@@ -62,12 +62,16 @@ def pair_products(
     """
     numbers = layer.numbers_per_example + other.numbers_per_example
     numbers += 2 * layer.positions * other.positions
-    found = [np.empty(0)]
+    found = np.empty(len(rows))
     for piece in _pieces(len(rows), max(1, _PAIR_BYTES // (8 * numbers))):
-        mine, theirs = layer.rows(rows[piece]), other.rows(other_rows[piece])
-        groups = zip(mine.by_group(), theirs.by_group(), strict=True)
-        found.append(np.sum([_one_by_one(a, b) for a, b in groups], axis=0))
-    return np.concatenate(found)
+        e, h, f, g = (
+            _by_group(_gathered(array, places[piece]), layer.groups)
+            for side, places in ((layer, rows), (other, other_rows))
+            for array in (side.error_signals, side.activations)
+        )
+        parts = zip(e, h, f, g, strict=True)
+        found[piece] = sum(_one_by_one(*part, layer.has_bias) for part in parts)
+    return found
 
 
 def squared_norms(layer: LayerFactors) -> np.ndarray:
@@ -145,19 +149,44 @@ def _matrix_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.matmul(a, b.T, out=memory.reshape(len(a), len(b)))
 
 
-def _one_by_one(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
-    """Returns ⟨G_i, G'_i⟩ of each example i with its counterpart, shape [m], float64."""
-    e, f = layer.error_signals.astype(np.float64), other.error_signals.astype(np.float64)
-    h, g = layer.activations, other.activations
-    if not layer.is_one_hot:
-        h, g = h.astype(np.float64), g.astype(np.float64)
+def _by_group(array: np.ndarray, groups: int) -> list[np.ndarray]:
+    return [array] if groups == 1 else np.split(array, groups, axis=-1)
+
+
+def _gathered(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns some rows, in memory that is used again: numbers in float64, indices as they are."""
+    shape = (len(rows), *array.shape[1:])
+    size = math.prod(shape)
+    memory = _PRODUCTS.take(size * array.itemsize).view(array.dtype).reshape(shape)
+    # Which rows there are is known: nothing is clipped, and nothing need be checked.
+    found = np.take(array, rows, axis=0, out=memory, mode="clip")
+    if array.dtype.kind == "i":
+        return found
+    doubles = _PRODUCTS.take(8 * size).view(np.float64).reshape(shape)
+    doubles[...] = found
+    return doubles
+
+
+def _one_by_one(
+    e: np.ndarray, h: np.ndarray, f: np.ndarray, g: np.ndarray, has_bias: bool
+) -> np.ndarray:
+    """Returns ⟨G_i, G'_i⟩ of each example i with its counterpart, shape [m], float64.
+
+    Args:
+        e: Error signals, shape [m, C] or [m, P, C], float64.
+        h: Activations, shape [m, d] or [m, P, d], float64; or indices, int32.
+        f: Error signals of the counterparts.
+        g: Activations of the counterparts.
+        has_bias: Whether the layer has a bias.
+    """
+    is_one_hot = h.dtype.kind == "i"
     if e.ndim == f.ndim == 2:
-        products = h[:, 0] == g[:, 0] if layer.is_one_hot else np.einsum("ij,ij->i", h, g)
-        return np.einsum("ij,ij->i", e, f) * (products + layer.has_bias)
+        products = h[:, 0] == g[:, 0] if is_one_hot else np.einsum("ij,ij->i", h, g)
+        return np.einsum("ij,ij->i", e, f) * (products + has_bias)
     e, f, h, g = (_by_position(part) for part in (e, f, h, g))
     g = g.transpose(0, 2, 1)
-    products = h == g if layer.is_one_hot else h @ g
-    result: np.ndarray = ((e @ f.transpose(0, 2, 1)) * (products + layer.has_bias)).sum(axis=(1, 2))
+    products = h == g if is_one_hot else h @ g
+    result: np.ndarray = ((e @ f.transpose(0, 2, 1)) * (products + has_bias)).sum(axis=(1, 2))
     return result
 
 

@@ -70,17 +70,30 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class _Candidates:
-    """Pairs that may be among the k strongest: rows of the block, queries, scores with a sign."""
+    """Pairs that may be among the k strongest.
+
+    Attributes:
+        rows: Of the block, shape [m].
+        columns: Indices of the queries, shape [m].
+        scores: Their scores, those for opponents with the sign reversed, shape [m], float32.
+        signs: 1 for proponents, -1 for opponents, shape [m], int8.
+    """
 
     rows: np.ndarray
     columns: np.ndarray
     scores: np.ndarray
+    signs: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, selection: np.ndarray) -> "_Candidates":
-        return _Candidates(self.rows[selection], self.columns[selection], self.scores[selection])
+        return _Candidates(
+            self.rows[selection],
+            self.columns[selection],
+            self.scores[selection],
+            self.signs[selection],
+        )
 
 
 class TopScan:
@@ -137,12 +150,10 @@ class TopScan:
             for thresholds in (self._thresholds.proponents, self._thresholds.opponents)
         ]
         scored = self._threads.map(lambda piece: self._score(block, piece, limits, margin), pieces)
-        for ends, sign in zip(zip(*scored, strict=True), (1, -1), strict=True):
-            found = self._fewer(_joined(ends), margin)
-            found = found.take(np.argsort(found.rows, kind="stable"))
-            parts = np.split(np.arange(len(found)), range(_PAIRS, len(found), _PAIRS))
-            exact = partial(self._exact, block, sign)
-            self._pending += self._threads.map(exact, map(found.take, parts))
+        found = _joined([self._fewer(_joined(end), margin) for end in zip(*scored, strict=True)])
+        found = found.take(np.argsort(found.rows, kind="stable"))
+        parts = np.split(np.arange(len(found)), range(_PAIRS, len(found), _PAIRS))
+        self._pending += self._threads.map(partial(self._exact, block), map(found.take, parts))
         self._pairs += sum(piece.pairs for piece in pieces)
         self._merge_if_many()
 
@@ -193,9 +204,9 @@ class TopScan:
             columns = piece.columns[at]
             signed = sign * scores[:, at]
             rows, places = _passing(signed, limit[columns], 2 * margin[columns], self._k)
-            found.append(
-                _Candidates(rows + piece.rows.start, columns[places], signed[rows, places])
-            )
+            signs = np.full(len(rows), sign, np.int8)
+            scored = signed[rows, places]
+            found.append(_Candidates(rows + piece.rows.start, columns[places], scored, signs))
         return found
 
     def _fewer(self, found: _Candidates, margin: np.ndarray) -> _Candidates:
@@ -212,8 +223,8 @@ class TopScan:
         limits[full] = found.scores[kth] - 2 * margin[full]
         return found.take(np.flatnonzero(found.scores >= limits[found.columns]))
 
-    def _exact(self, block: Rows, sign: int, found: _Candidates) -> InfluenceRows:
-        """Returns candidates with their influence in float64, if it is of the sign."""
+    def _exact(self, block: Rows, found: _Candidates) -> InfluenceRows:
+        """Returns candidates with their influence in float64, if it is of their sign."""
         if not len(found):
             return InfluenceRows.empty(self._queries.block)
         rows, places = np.unique(found.rows, return_inverse=True)
@@ -227,7 +238,7 @@ class TopScan:
             parts=pair_influence(part, queries.block, queries.weights, places, found.columns),
         )
         # Rounding may have given a score near 0 the other sign.
-        return pairs.take(np.flatnonzero(sign * pairs.influence > 0))
+        return pairs.take(np.flatnonzero(found.signs * pairs.influence > 0))
 
     def _merge_if_many(self) -> None:
         waiting = sum(map(len, self._pending))
@@ -265,4 +276,5 @@ def _joined(parts: Sequence[_Candidates]) -> _Candidates:
         np.concatenate([part.rows for part in parts]),
         np.concatenate([part.columns for part in parts]),
         np.concatenate([part.scores for part in parts]),
+        np.concatenate([part.signs for part in parts]),
     )

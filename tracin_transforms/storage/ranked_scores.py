@@ -5,11 +5,10 @@ merge of these files: each is read from its beginning to its end, a chunk at a t
 certain to come before all that is unread leaves memory before more is read.
 """
 
-import contextlib
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
@@ -78,7 +77,7 @@ def _write(path: AnyPath, schema: pa.Schema, pieces: Iterable[pa.RecordBatch]) -
                 writer.write_batch(piece.slice(start, rows))
 
 
-def _chunks(file: AnyPath) -> Generator[pa.RecordBatch, None, None]:
+def _chunks(file: AnyPath) -> Iterator[pa.RecordBatch]:
     """Yields the rows of a file as they were written.
 
     Raises:
@@ -105,19 +104,18 @@ def _merge(files: Sequence[AnyPath]) -> Iterator[pa.RecordBatch]:
     Of all files' last rows that were read, the first in order is as far as the ranking is
     certain: its file is read next. So what is not certain is less than a chunk of each file.
     """
-    with contextlib.ExitStack() as stack:
-        chunks = [stack.enter_context(contextlib.closing(_chunks(file))) for file in files]
-        # A heap: the last row that was read of each file that is not at its end.
-        ends = [(_BEFORE_ALL, place) for place in range(len(files))]
-        pool: list[pa.RecordBatch] = []
-        while ends:
-            pool += _more(chunks, ends, _POOL - sum(rows.nbytes for rows in pool))
-            if not pool:
-                return
-            rows = _sorted(pool)
-            certain = _count_up_to(ends[0][0], rows) if ends else len(rows)
-            yield rows.slice(0, certain)
-            pool = [rows.slice(certain)]
+    chunks = [_chunks(file) for file in files]
+    # A heap: the last row that was read of each file that is not at its end.
+    ends = [(_BEFORE_ALL, place) for place in range(len(files))]
+    pool: list[pa.RecordBatch] = []
+    while ends:
+        pool += _more(chunks, ends, _POOL - sum(rows.nbytes for rows in pool))
+        if not pool:
+            return
+        rows = _sorted(pool)
+        certain = _count_up_to(ends[0][0], rows) if ends else len(rows)
+        yield rows.slice(0, certain)
+        pool = [rows.slice(certain)]
 
 
 def _more(

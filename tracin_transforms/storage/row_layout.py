@@ -4,8 +4,10 @@ A row holds, for every checkpoint and layer, activations and error signals; as f
 exponent each, see `core.half_precision`, or as they are.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -131,7 +133,7 @@ class RowLayout:
         both = RowLayout((), self.layers + other.layers, self.dtype)
         return both.of_checkpoints(checkpoint_ids)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[Column, ...]:
         """The columns of numbers, without those of exponents."""
         found = []
@@ -142,7 +144,7 @@ class RowLayout:
             found.append(Column(f"{prefix}/error_signals", layer.error_signals, self.dtype))
         return tuple(found)
 
-    @property
+    @cached_property
     def record(self) -> np.dtype[Any]:
         """A row as a NumPy record."""
         fields: list[tuple[Any, ...]] = []
@@ -152,13 +154,13 @@ class RowLayout:
                 fields.append((exponent_name(column), "int8"))
         return np.dtype(fields)
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """The columns of an Arrow file."""
         fields = []
         for column in self.columns:
             number = pa.from_numpy_dtype(np.dtype(column.dtype))
-            width = int(np.prod(column.shape, dtype=int))
+            width = math.prod(column.shape)
             fields.append(pa.field(column.name, pa.list_(number, width), nullable=False))
             if column.is_packed:
                 fields.append(pa.field(exponent_name(column), pa.int8(), nullable=False))
@@ -196,7 +198,7 @@ class RowLayout:
         """Returns the factors in some rows of a record batch of these columns, as float32."""
         columns = [column for column in self.columns if column.is_packed]
         rows = len(np.arange(batch.num_rows)[selection])
-        widths = [rows * int(np.prod(column.shape, dtype=int)) for column in columns]
+        widths = [rows * math.prod(column.shape) for column in columns]
         memory = _UNPACKED.take(4 * sum(widths)).view(np.float32)
         ends = np.cumsum(widths)
         places = {

@@ -6,7 +6,7 @@ that is applied at several positions, or called several times, has a pair for ea
 gradient is their sum. An embedding is a dense layer whose activations are one-hot rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -217,6 +217,10 @@ class FactorBlock:
             )
         scaled = (g.scaled(f) for g, f in zip(self.gradients, factors.T, strict=True))
         return replace(self, gradients=tuple(scaled))
+
+    def gradients_of(self, selection: slice | np.ndarray) -> Iterator[GradientFactors]:
+        """Yields the gradient factors of the selected rows, checkpoint by checkpoint."""
+        return (gradient.rows(selection) for gradient in self.gradients)
 
     def rows(self, selection: slice | np.ndarray) -> "FactorBlock":
         """Returns the block of the selected rows."""

@@ -4,12 +4,12 @@ All functions sum over the layers of a block. `weights` are those of the K check
 TracInCP. The axis order is always [training example, query example].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.factors import FactorBlock, LayerFactors
+from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
 from tracin_transforms.core.products import (
     absolute_norms,
     all_products,
@@ -45,31 +45,36 @@ def influence(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> 
         Pruthi et al. (2020), section 3.2 (TracInCP) and section 4.1 (last layer).
     """
     _check_weights(block, weights)
-    total = inner_products(block, queries.scaled(np.tile(weights, (len(queries), 1))))
+    weighted = queries.scaled(np.tile(weights, (len(queries), 1)))
+    total = inner_products(block.gradients, weighted.gradients)
     check_in_range(block, total)
     return total
 
 
-def inner_products(block: FactorBlock, queries: FactorBlock) -> np.ndarray:
+def inner_products(
+    gradients: Iterable[GradientFactors], queries: Iterable[GradientFactors]
+) -> np.ndarray:
     """Returns Σ_k ⟨∇ℓ(w_k, z), ∇ℓ(w_k, z')⟩, each checkpoint counted alike.
 
     Args:
-        block: n training examples at K checkpoints.
-        queries: q query examples at the same checkpoints, with the same layers.
+        gradients: Of n training examples at K checkpoints, one after the other.
+        queries: Of q query examples at the same checkpoints, with the same layers.
 
     Returns:
         Shape [n, q], float32; what is beyond its range is infinite or NaN.
 
     Raises:
-        ValueError: The checkpoints or layers do not fit each other.
+        InputError: The layers do not fit each other.
+        ValueError: The checkpoints do not.
     """
-    _check_same_series(block, queries)
     total = None
     # What is beyond float32 is for the caller to find.
     with np.errstate(over="ignore", invalid="ignore"):
-        for _, _, layer, query_layer in _layer_pairs(block, queries):
-            products = all_products(layer, query_layer)
-            total = products if total is None else np.add(total, products, out=total)
+        for gradient, query_gradient in zip(gradients, queries, strict=True):
+            _check_same_form(gradient, query_gradient)
+            for layer, other in zip(gradient.layers, query_gradient.layers, strict=True):
+                products = all_products(layer, other)
+                total = products if total is None else np.add(total, products, out=total)
     assert total is not None
     return total
 
@@ -113,8 +118,9 @@ def pair_influence(
         axes 1 and 2 is the influence.
     """
     _check_weights(block, weights)
-    _check_same_series(block, queries)
     parts = np.empty((len(rows), len(weights), len(block.layer_names)))
+    for gradient, query_gradient in zip(block.gradients, queries.gradients, strict=True):
+        _check_same_form(gradient, query_gradient)
     for k, i, layer, query_layer in _layer_pairs(block, queries):
         parts[:, k, i] = weights[k] * pair_products(layer, query_layer, rows, columns)
     return parts
@@ -215,20 +221,19 @@ def _check_weights(block: FactorBlock, weights: np.ndarray) -> None:
         )
 
 
-def _check_same_series(block: FactorBlock, queries: FactorBlock) -> None:
-    if block.checkpoint_ids != queries.checkpoint_ids:
+def _check_same_form(gradient: GradientFactors, queries: GradientFactors) -> None:
+    if gradient.checkpoint_id != queries.checkpoint_id:
         raise ValueError(
             f"training and query examples have factors at different checkpoints: "
-            f"{block.checkpoint_ids} vs {queries.checkpoint_ids}"
+            f"{gradient.checkpoint_id!r} vs {queries.checkpoint_id!r}"
         )
-    for gradient, query_gradient in zip(block.gradients, queries.gradients, strict=True):
-        layers, query_layers = (
-            [(layer.name, layer.has_bias, layer.groups, layer.is_one_hot) for layer in side.layers]
-            for side in (gradient, query_gradient)
+    layers, query_layers = (
+        [(layer.name, layer.has_bias, layer.groups, layer.is_one_hot) for layer in side.layers]
+        for side in (gradient, queries)
+    )
+    if layers != query_layers:
+        raise InputError(
+            "the gradient factors of training and query examples have different forms, "
+            f"{layers} and {query_layers} (layer, bias, groups, one-hot): expected the same "
+            "layers, and inputs of the same shape where a model does not declare it"
         )
-        if layers != query_layers:
-            raise InputError(
-                "the gradient factors of training and query examples have different forms, "
-                f"{layers} and {query_layers} (layer, bias, groups, one-hot): expected the same "
-                "layers, and inputs of the same shape where a model does not declare it"
-            )

@@ -24,8 +24,8 @@ from tracin_transforms.core.factors import LayerFactors
 _BUDGET_BYTES = 64 * 2**20
 # What is gathered at a time of chosen pairs: it is gone through several times, and stays near.
 _PAIR_BYTES = 4 * 2**20
-# Each thread that scores has three products in hand at a time.
-_PRODUCTS = Buffers(16)
+# Each thread that scores has some arrays in hand at a time.
+_PRODUCTS = Buffers(32)
 
 
 def all_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
@@ -62,12 +62,16 @@ def pair_products(
     """
     numbers = layer.numbers_per_example + other.numbers_per_example
     numbers += 2 * layer.positions * other.positions
+    size = max(1, min(len(rows), _PAIR_BYTES // (8 * numbers)))
+    sides = [
+        (_Gathered(array, size), places)
+        for side, places in ((layer, rows), (other, other_rows))
+        for array in (side.error_signals, side.activations)
+    ]
     found = np.empty(len(rows))
-    for piece in _pieces(len(rows), max(1, _PAIR_BYTES // (8 * numbers))):
+    for piece in _pieces(len(rows), size):
         e, h, f, g = (
-            _by_group(_gathered(array, places[piece]), layer.groups)
-            for side, places in ((layer, rows), (other, other_rows))
-            for array in (side.error_signals, side.activations)
+            _by_group(gathered.rows(places[piece]), layer.groups) for gathered, places in sides
         )
         parts = zip(e, h, f, g, strict=True)
         found[piece] = sum(_one_by_one(*part, layer.has_bias) for part in parts)
@@ -153,18 +157,27 @@ def _by_group(array: np.ndarray, groups: int) -> list[np.ndarray]:
     return [array] if groups == 1 else np.split(array, groups, axis=-1)
 
 
-def _gathered(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Returns some rows, in memory that is used again: numbers in float64, indices as they are."""
-    shape = (len(rows), *array.shape[1:])
-    size = math.prod(shape)
-    memory = _PRODUCTS.take(size * array.itemsize).view(array.dtype).reshape(shape)
-    # Which rows there are is known: nothing is clipped, and nothing need be checked.
-    found = np.take(array, rows, axis=0, out=memory, mode="clip")
-    if array.dtype.kind == "i":
-        return found
-    doubles = _PRODUCTS.take(8 * size).view(np.float64).reshape(shape)
-    doubles[...] = found
-    return doubles
+class _Gathered:
+    """Some rows of an array at a time, in memory that is used again: numbers in float64."""
+
+    def __init__(self, array: np.ndarray, size: int) -> None:
+        self._array = array
+        shape = (size, *array.shape[1:])
+        count = math.prod(shape)
+        self._singles = _PRODUCTS.take(array.itemsize * count).view(array.dtype).reshape(shape)
+        self._doubles = None
+        if array.dtype.kind == "f":
+            self._doubles = _PRODUCTS.take(8 * count).view(np.float64).reshape(shape)
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        # Which rows there are is known: nothing is clipped, and nothing need be checked.
+        singles = self._singles[: len(places)]
+        self._array.take(places, axis=0, out=singles, mode="clip")
+        if self._doubles is None:
+            return singles
+        doubles = self._doubles[: len(places)]
+        doubles[...] = singles
+        return doubles
 
 
 def _one_by_one(

@@ -6,14 +6,14 @@ float32 factors, however the rows were put into blocks. As the k strongest becom
 pairs need to be looked at twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 
-from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.factors import FactorBlock, GradientFactors
 from tracin_transforms.core.influence import (
     absolute_gradient_norms,
     check_in_range,
@@ -25,8 +25,10 @@ from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.ranking import InfluenceRows, Thresholds, TopInfluences
 from tracin_transforms.core.threads import Threads
 
-# Rows whose factors, in float32, and scores stay in a core's share of the last cache.
-_TILE_BYTES = 8 * 2**20
+# Rows whose factors, in float32, and scores stay in a core's share of the last cache; products of
+# whole multiples of some rows are faster.
+_TILE_BYTES = 12 * 2**20
+_ROWS = 32
 # Above this many candidates per query and k their own k-th best value is worth computing.
 _CANDIDATES_PER_K = 4
 # Pairs that one thread computes again at a time.
@@ -47,6 +49,10 @@ class Rows(Protocol):
 
     def rows(self, selection: slice | np.ndarray) -> FactorBlock:
         """Returns the selected rows with their gradient factors in float32."""
+        ...
+
+    def gradients_of(self, selection: slice | np.ndarray) -> Iterator[GradientFactors]:
+        """Yields the gradient factors of the selected rows, each checkpoint's when asked for."""
         ...
 
 
@@ -174,8 +180,9 @@ class TopScan:
     @property
     def tile_rows(self) -> int:
         """How many rows of a block, at most, are scored together."""
-        numbers = len(self._queries) + self._numbers * len(self._queries.weights)
-        return max(16, _TILE_BYTES // (4 * numbers))
+        # One checkpoint's factors, and three matrices of scores.
+        numbers = 3 * len(self._queries) + self._numbers
+        return max(_ROWS, _TILE_BYTES // (4 * numbers) // _ROWS * _ROWS)
 
     @property
     def _numbers(self) -> int:
@@ -192,12 +199,12 @@ class TopScan:
         self, block: Rows, piece: Piece, limits: list[np.ndarray], margin: np.ndarray
     ) -> list[_Candidates]:
         """Returns the candidates of a piece for proponents, and those for opponents."""
-        part = block.rows(piece.rows)
-        scores = inner_products(part, self._queries.scored_columns(piece.columns))
+        queries = self._queries.scored_columns(piece.columns)
+        scores = inner_products(block.gradients_of(piece.rows), queries.gradients)
         # One pass each says which queries have candidates; NaN and infinity come through.
         highest, lowest = scores.max(axis=0), scores.min(axis=0)
         if not (np.isfinite(highest).all() and np.isfinite(lowest).all()):
-            check_in_range(part, scores)
+            check_in_range(block.rows(piece.rows), scores)
         found = []
         for sign, extreme, limit in ((1, highest, limits[0]), (-1, lowest, limits[1])):
             at = np.flatnonzero(sign * extreme > limit[piece.columns])

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tracin_transforms.core.buffers import Buffers
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.factors import FactorBlock, GradientFactors
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.remote import refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
@@ -68,8 +68,12 @@ class PackedBlock:
             labels=known.labels,
             predictions=known.predictions,
             losses=known.losses,
-            gradients=self.layout.unpack(self.batch, selection),
+            gradients=tuple(self.gradients_of(selection)),
         )
+
+    def gradients_of(self, selection: slice | np.ndarray) -> Iterator[GradientFactors]:
+        """Yields the gradient factors of the selected rows, each checkpoint's when asked for."""
+        return self.layout.unpack(self.batch, selection)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,9 @@ A row holds, for every checkpoint and layer, activations and error signals; as f
 exponent each, see `core.half_precision`, or as they are.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -20,8 +21,8 @@ from tracin_transforms.core.half_precision import pack_rows, unpack_rows
 
 FLOAT16, FLOAT32 = "float16", "float32"
 
-# Some threads have a part of a block each.
-_UNPACKED = Buffers(8)
+# Some threads have an array each, and are about to have another.
+_UNPACKED = Buffers(16)
 
 
 @dataclass(frozen=True)
@@ -194,28 +195,21 @@ class RowLayout:
 
     def unpack(
         self, batch: pa.RecordBatch, selection: slice | np.ndarray
-    ) -> tuple[GradientFactors, ...]:
-        """Returns the factors in some rows of a record batch of these columns, as float32."""
-        columns = [column for column in self.columns if column.is_packed]
-        rows = len(np.arange(batch.num_rows)[selection])
-        widths = [rows * math.prod(column.shape) for column in columns]
-        memory = _UNPACKED.take(4 * sum(widths)).view(np.float32)
-        ends = np.cumsum(widths)
-        places = {
-            column.name: memory[end - width : end].reshape(rows, *column.shape)
-            for column, width, end in zip(columns, widths, ends, strict=True)
-        }
-        gradients: dict[str, list[LayerFactors]] = {}
-        every = iter(self.columns)
-        for layer in self.layers:
-            activations, error_signals = (
-                _numbers(batch, column, selection, places.get(column.name))
-                for column in (next(every), next(every))
-            )
-            gradients.setdefault(layer.checkpoint_id, []).append(
-                LayerFactors(layer.name, activations, error_signals, layer.has_bias, layer.groups)
-            )
-        return tuple(GradientFactors(key, tuple(layers)) for key, layers in gradients.items())
+    ) -> Iterator[GradientFactors]:
+        """Yields the factors in some rows of a record batch, as float32, by checkpoint."""
+        columns = iter(self.columns)
+        for checkpoint_id, group in itertools.groupby(self.layers, lambda x: x.checkpoint_id):
+            layers = [
+                LayerFactors(
+                    layer.name,
+                    _numbers(batch, next(columns), selection),
+                    _numbers(batch, next(columns), selection),
+                    layer.has_bias,
+                    layer.groups,
+                )
+                for layer in group
+            ]
+            yield GradientFactors(checkpoint_id, tuple(layers))
 
 
 def exponent_name(column: Column) -> str:
@@ -223,12 +217,11 @@ def exponent_name(column: Column) -> str:
     return f"{column.name}_exponent"
 
 
-def _numbers(
-    batch: pa.RecordBatch, column: Column, selection: slice | np.ndarray, out: np.ndarray | None
-) -> np.ndarray:
+def _numbers(batch: pa.RecordBatch, column: Column, selection: slice | np.ndarray) -> np.ndarray:
     values = batch.column(column.name).values.to_numpy(zero_copy_only=True)
     numbers: np.ndarray = values.reshape(-1, *column.shape)[selection]
-    if column.is_packed:
-        exponents = batch.column(exponent_name(column)).to_numpy(zero_copy_only=True)
-        return unpack_rows(numbers, exponents[selection], out)
-    return numbers
+    if not column.is_packed:
+        return numbers
+    exponents = batch.column(exponent_name(column)).to_numpy(zero_copy_only=True)
+    out = _UNPACKED.take(4 * numbers.size).view(np.float32).reshape(numbers.shape)
+    return unpack_rows(numbers, exponents[selection], out)

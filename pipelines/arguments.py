@@ -1,4 +1,4 @@
-"""The options of commands, in groups that several share, and whether they fit each other."""
+"""The options of commands, in groups that several share."""
 
 import argparse
 
@@ -38,7 +38,7 @@ def extract_options(parser: argparse.ArgumentParser) -> None:
         help="directory of the store; one that is there is filled up, with checkpoints and shards "
         "that it lacks",
     )
-    _add_dtype(parser)
+    _add_storing(parser)
     parser.add_argument(
         "--checkpoint-weights",
         metavar="FILE",
@@ -50,12 +50,20 @@ def extract_options(parser: argparse.ArgumentParser) -> None:
     _add_reading_options(parser)
 
 
-def _add_dtype(parser: argparse.ArgumentParser) -> None:
+def _add_storing(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how gradient factors are stored."""
     parser.add_argument(
         "--dtype",
         choices=("float16", "float32"),
         default="float16",
         help="how to store: float16 with a scale for each row, or float32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sketch",
+        metavar="NUMBERS|two-sided:NUMBERS",
+        help="store random projections of the gradient factors, of so many numbers per example, "
+        "checkpoint and layer, from which influence is estimated; two-sided, where a layer has "
+        "more outputs than that (default: the factors themselves)",
     )
 
 
@@ -116,52 +124,6 @@ def _add_record_functions(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="function that makes the model's input of a batch of x",
     )
-
-
-# What says how the factors of training examples are computed, and those of queries.
-_OF_EXAMPLES = (
-    *("examples", "layers", "precision", "max_bad_examples"),
-    *("loss", "learning_rates", "model_output"),
-)
-_OF_MODELS = (
-    *("checkpoints", "model", "imports", "allow_unsafe_model", "batch_size", "xla"),
-    *("parse", "preprocess"),
-)
-
-
-def _flag(name: str) -> str:
-    return "--import" if name == "imports" else f"--{name.replace('_', '-')}"
-
-
-def check_workers(options: argparse.Namespace) -> str | None:
-    """Returns what is wrong with the options about workers, or None."""
-    if (options.worker_kind is None) != (options.worker_kinds is None):
-        return "expected both --worker-kind and --worker-kinds, or neither"
-    if options.worker_kind is not None and options.workers is None:
-        return "--worker-kind: expected --workers, too"
-    if options.workers is not None and not (options.dry_run or options.command == "plan"):
-        return "--workers is for a plan: expected --dry-run, too; a job's own are Beam's"
-    return None
-
-
-def check_job(options: argparse.Namespace) -> str | None:
-    """Returns what is wrong with the options of a job over examples or a store, or None."""
-    if options.store is None:
-        missing = [f"--{n}" for n in ("checkpoints", "examples") if getattr(options, n) is None]
-        return f"expected {missing[0]}, or --store" if missing else check_workers(options)
-    queries = getattr(options, "queries", None)
-    if queries is None and (options.dry_run or options.command == "plan"):
-        return (
-            "a plan for --store: expected --queries; self-influence reads sidecars alone, which "
-            "takes seconds"
-        )
-    ignored = [*_OF_EXAMPLES]
-    if queries is None or queries.startswith("store:"):
-        ignored += _OF_MODELS
-    taken = [_flag(name) for name in ignored if getattr(options, name)]
-    if taken:
-        return f"{taken[0]} says how gradient factors are computed, but those of --store are"
-    return check_workers(options)
 
 
 def checkpoints_options(parser: argparse.ArgumentParser) -> None:
@@ -313,12 +275,24 @@ def influence_options(parser: argparse.ArgumentParser, required: bool = True) ->
         help="also write the influence of every training example on every query, as "
         "scores-*.parquet with a column for each query",
     )
+    parser.add_argument(
+        "--rescore",
+        metavar="STORE",
+        help="where --store holds sketches: score the strongest by the sketches again, with the "
+        "gradient factors in this store, and rank them by that",
+    )
+    parser.add_argument(
+        "--shortlist",
+        metavar="N",
+        type=_positive_int,
+        help="how many, on each side of each query, --rescore scores again (default: 10 times --k)",
+    )
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `tracin plan`: those of the jobs that it is for."""
     influence_options(parser, required=False)
-    _add_dtype(parser)
+    _add_storing(parser)
 
 
 def store_options(parser: argparse.ArgumentParser) -> None:

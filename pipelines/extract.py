@@ -10,12 +10,13 @@ from typing import Any
 import apache_beam as beam
 
 from pipelines.execution import Progress, run_pipeline
-from pipelines.inputs import BLOCK_ROWS, describe_gradients, keras_extractor
+from pipelines.inputs import BLOCK_ROWS, describe_gradients, keras_extractor, wanted_sketch
 from pipelines.outputs import WORK, metrics_line, skipped_line, work_directory
 from pipelines.training import FromExamples, known_count, open_training
 from tracin_transforms.beam.extract import Extraction, SharedExtractor
 from tracin_transforms.beam.store import WriteFactors
 from tracin_transforms.core.protocols import Shard
+from tracin_transforms.core.sketching import Sketch
 from tracin_transforms.storage.checkpoint_series import checkpoint_hash
 from tracin_transforms.storage.factor_store import FactorStore, replaced_store
 from tracin_transforms.storage.files import AnyPath, any_path, others_at_work
@@ -30,9 +31,10 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
     Raises:
         InputError: An input or the store cannot be used.
     """
+    sketch = wanted_sketch(options)
     training = open_training(options)
     assert isinstance(training, FromExamples)
-    wanted = _described(training, options)
+    wanted = _described(training, options, sketch)
     directory = any_path(options.output).resolve()
     making_room = replaced_store(directory) if options.overwrite else contextlib.nullcontext()
     with making_room, work_directory(directory) as (work, _):
@@ -53,7 +55,9 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         return _summary(store, store.finish(), metrics, len(computed))
 
 
-def _described(training: FromExamples, options: argparse.Namespace) -> StoreDescription:
+def _described(
+    training: FromExamples, options: argparse.Namespace, sketch: Sketch | None
+) -> StoreDescription:
     series = training.series
     checkpoints = []
     for checkpoint in series.checkpoints:
@@ -64,6 +68,7 @@ def _described(training: FromExamples, options: argparse.Namespace) -> StoreDesc
         factors={
             **describe_gradients(options, series),
             "dtype": options.dtype,
+            **({} if sketch is None else {"sketch": sketch.to_json()}),
             "examples": training.source.describe(),
         },
         checkpoints=tuple(checkpoints),
@@ -134,9 +139,11 @@ def _summary(
     description = store.description
     shards, examples = len(description.shards), summary["examples"]
     kept = f", {shards - computed} of them from before" if computed < shards else ""
+    sketch = description.sketch
+    what = "Gradient factors" if sketch is None else f"Sketches of {sketch.numbers:,} numbers"
     return "\n".join(
         [
-            f"Gradient factors of {examples:,} training examples at "
+            f"{what} of {examples:,} training examples at "
             f"{len(description.checkpoint_ids)} checkpoints, {summary['bytes'] / 1e6:,.1f} MB in "
             f"{shards} shard(s){kept}.",
             *metrics,

@@ -18,6 +18,7 @@ from tracin_transforms.core.protocols import (
     FactorExtractor,
     LoadedExtractor,
 )
+from tracin_transforms.core.sketching import Sketch
 from tracin_transforms.core.specs import parse_loss
 from tracin_transforms.examples.spec import parse_spec
 from tracin_transforms.storage.checkpoint_series import (
@@ -188,6 +189,20 @@ def keras_extractor(
         options.precision,
         options.xla,
     )
+
+
+def wanted_sketch(options: argparse.Namespace) -> Sketch | None:
+    """Returns the sketch that a store is to hold, None where it is the factors themselves.
+
+    Raises:
+        InputError: The option does not name one.
+    """
+    if options.sketch is None:
+        return None
+    try:
+        return Sketch.parse(options.sketch)
+    except InputError as error:
+        raise InputError(f"--sketch: {error}") from error
 
 
 def start_tensorflow() -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from pipelines.arguments import (
-    check_job,
-    check_workers,
     checkpoints_options,
     demo_options,
     extract_options,
@@ -18,6 +16,7 @@ from pipelines.arguments import (
     plan_options,
     store_options,
 )
+from pipelines.option_checks import check_job, check_workers
 
 # What ends a command: Ctrl-C, `kill`, and the terminal being closed.
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipelines.inputs import BLOCK_ROWS
-from pipelines.queries import groups, open_queries
+from pipelines.inputs import BLOCK_ROWS, wanted_sketch
+from pipelines.queries import groups, kept_of_each, open_queries
 from pipelines.training import FromExamples, FromStore, Training, known_count, open_training
 from tracin_transforms.beam.extract import Extraction
 from tracin_transforms.core.errors import InputError
@@ -106,14 +106,16 @@ class _Job:
 
     def __post_init__(self) -> None:
         if getattr(self.options, "queries", None):
-            blocks = open_queries(self.options, self.training).blocks()
-            queries = Queries.prepare(next(groups(blocks, self.options.k)), self.training.weights)
-            self.scan = TopScan(queries, self.options.k, Threads(len(os.sched_getaffinity(0))))
+            asked, kept = open_queries(self.options, self.training), kept_of_each(self.options)
+            block = asked.as_stored(next(groups(asked.blocks(), kept)))
+            queries = Queries.prepare(block, self.training.weights)
+            self.scan = TopScan(queries, kept, Threads(len(os.sched_getaffinity(0))))
         elif self.options.command != "self-influence":
             ids = [checkpoint.id for checkpoint in self.training.series.checkpoints]
             paths = ShardPaths(self.work / "factors", self.work / "sidecar")
-            weights = dict.fromkeys(ids, 1.0)
-            self.writer = ShardWriter(paths, Shard("sample"), weights, self.options.dtype)
+            weights, sketch = dict.fromkeys(ids, 1.0), wanted_sketch(self.options)
+            shard, dtype = Shard("sample"), self.options.dtype
+            self.writer = ShardWriter(paths, shard, weights, dtype, sketch=sketch)
 
     def take(self, block: FactorBlock) -> None:
         if self.scan is not None:

@@ -13,16 +13,34 @@ from tracin_transforms.core.checkpoints import CheckpointSeries
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
 from tracin_transforms.core.protocols import ExampleSource, fingerprint
+from tracin_transforms.core.sketching import Sketch
 from tracin_transforms.storage.factor_store import FactorStore
 
 _STORE = "store:"
 # What the queries of one pass over the training examples may take of a process's memory.
 _GROUP_BYTES = 512 * 2**20
 _PAIR_BYTES = 160
+_SHORTLIST_PER_K = 10
 
 
 @dataclass(frozen=True, eq=False)
-class ComputedQueries:
+class _Queries:
+    """What all queries have.
+
+    Attributes:
+        sketch: By which their factors are yet to be projected, to be scored with those of the
+            training examples; None if by none.
+    """
+
+    sketch: Sketch | None
+
+    def as_stored(self, block: FactorBlock) -> FactorBlock:
+        """Returns some of the queries with factors like those of the training examples."""
+        return block if self.sketch is None else self.sketch.project(block)
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedQueries(_Queries):
     """Query examples whose gradient factors the job computes, in float64 where models can.
 
     Attributes:
@@ -49,7 +67,7 @@ class ComputedQueries:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredQueries:
+class StoredQueries(_Queries):
     """Query examples whose gradient factors are in a store.
 
     Attributes:
@@ -80,6 +98,13 @@ class StoredQueries:
 
 
 Asked = ComputedQueries | StoredQueries
+
+
+def kept_of_each(options: argparse.Namespace) -> int:
+    """Returns how many proponents, and opponents, of each query a pass over the examples keeps."""
+    if options.rescore is None:
+        return int(options.k)
+    return int(options.shortlist or _SHORTLIST_PER_K * options.k)
 
 
 def groups(blocks: Iterator[FactorBlock], k: int) -> Iterator[FactorBlock]:
@@ -123,36 +148,67 @@ def open_queries(options: argparse.Namespace, training: Training) -> Asked:
     source = sources(options)(options.queries)
     source.shards()
     loading = query_options(training, options)
-    return ComputedQueries(loading, query_series(training.series, options.query_loss), source)
+    series = query_series(training.series, options.query_loss)
+    return ComputedQueries(training.sketch, loading, series, source)
 
 
 def _stored(options: argparse.Namespace, training: Training) -> StoredQueries:
     store = FactorStore.open(options.queries.removeprefix(_STORE))
-    store.check_finished()
     if options.query_loss is not None:
         raise InputError(
             f"--query-loss {options.query_loss!r}: the queries' gradient factors are in a store "
             "already; leave it out, or name the query examples themselves"
         )
+    names = check_same(store, training, f"--queries {options.queries!r}")
+    own, sketch = store.description.sketch, training.sketch
+    if own is None:
+        return StoredQueries(sketch, store, names)
+    if sketch is None:
+        raise InputError(
+            f"--queries {options.queries!r}: it holds sketches of gradient factors, which say "
+            "nothing beside the factors themselves of the training examples: expected a store "
+            "without --sketch"
+        )
+    if own != sketch:
+        raise InputError(
+            f"--queries {options.queries!r}: its sketch is {own.to_json()}, that of the training "
+            f"examples {sketch.to_json()}: expected the same, or a store without --sketch"
+        )
+    return StoredQueries(None, store, names)
+
+
+def check_same(store: FactorStore, training: Training, name: str) -> tuple[str, ...]:
+    """Returns the ids of the job's checkpoints, if a store has the same gradients at them.
+
+    Args:
+        store: A store of other examples, or of the same ones.
+        training: The training examples.
+        name: How the user named the store.
+
+    Raises:
+        InputError: The store is not finished, lacks checkpoints, or was made of other ones or by
+            another model or loss.
+    """
+    store.check_finished()
     wanted = training.described()
     names = tuple(checkpoint["id"] for checkpoint in wanted["checkpoints"])
     try:
         store.check_complete(names)
     except InputError as error:
-        raise InputError(f"--queries {options.queries!r}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
     hashes = {c["id"]: c["sha256"] for c in store.description.checkpoints}
     for checkpoint in wanted["checkpoints"]:
         if hashes[checkpoint["id"]] != checkpoint["sha256"]:
             raise InputError(
-                f"--queries {options.queries!r}: its checkpoint {checkpoint['id']!r} is another "
-                "one than that of the training examples: expected the same file"
+                f"{name}: its checkpoint {checkpoint['id']!r} is another one than that of the "
+                "training examples: expected the same file"
             )
     same = ("model", "output", "layers", "loss", "from_logits", "loss_options", "class_weights")
     for key in same:
         known, here = wanted[key], store.description.factors[key]
         if known != here:
             raise InputError(
-                f"--queries {options.queries!r}: {key} is {here!r}, that of the training examples "
-                f"{known!r}: expected the same"
+                f"{name}: {key} is {here!r}, that of the training examples {known!r}: expected "
+                "the same"
             )
-    return StoredQueries(store, names)
+    return names

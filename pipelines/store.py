@@ -8,6 +8,7 @@ from tracin_transforms.core.errors import InputError
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.sidecar import Sidecar
 from tracin_transforms.storage.store_check import problems
+from tracin_transforms.storage.store_description import StoreDescription
 
 
 def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
@@ -46,6 +47,7 @@ def _info(store: FactorStore) -> str:
         f"  size         {size / 1e6:,.1f} MB, {factors['dtype']}",
         f"  loss         {factors['loss']}",
         f"  layers       {factors['layers']}: {_layers(stored)}",
+        *_sketch(description),
         f"  examples of  {factors['examples'].get('kind', '?')}",
         f"  {'checkpoint':<24}  {'step':>8}  {'learning rate':>13}  shards missing",
     ]
@@ -59,6 +61,13 @@ def _info(store: FactorStore) -> str:
     if any(missing.values()):
         lines.append("Run the same 'tracin extract' again to fill it.")
     return "\n".join(lines)
+
+
+def _sketch(description: StoreDescription) -> list[str]:
+    sketch = description.sketch
+    if sketch is None:
+        return []
+    return [f"  sketch       {sketch}: at most {sketch.numbers:,} numbers of each layer"]
 
 
 def _layers(stored: dict[str, Sidecar]) -> str:

@@ -22,6 +22,7 @@ from tracin_transforms.storage.factor_file import read_factor_block
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.job_notes import JobNotes
+from tracin_transforms.storage.rescoring import Shortlist, rescored_shard
 from tracin_transforms.storage.results import write_influence, write_score_matrix
 from tracin_transforms.storage.shard_scan import Part, scan_shard
 
@@ -103,6 +104,30 @@ class ScoreStoredInfluence(beam.PTransform):
 
 
 @dataclasses.dataclass(eq=False)
+class RescoreShortlist(beam.PTransform):
+    """Scores the pairs of a shortlist in stored shards, given by name; keeps the strongest.
+
+    Attributes:
+        question: What is asked, with the queries' gradient factors themselves.
+        store: Where those of the training examples are.
+        checkpoint_ids: Of the queries, in order.
+        shortlist: Directory with what `WriteInfluence` wrote, read once per process.
+        notes: Where workers note what they have done, or None.
+    """
+
+    question: Question
+    store: FactorStore
+    checkpoint_ids: tuple[str, ...]
+    shortlist: AnyPath
+    notes: JobNotes | None = None
+
+    def expand(self, names: beam.PCollection[str]) -> beam.PCollection[TopInfluences]:
+        """Wires the steps."""
+        names = names | "DistributeShards" >> beam.Reshuffle()
+        return names | "RescoreShards" >> beam.ParDo(_RescoreShards(self)) | _MergeAll()
+
+
+@dataclasses.dataclass(eq=False)
 class WriteInfluence(beam.PTransform):
     """Writes the proponents and opponents of all queries as ``influence-*.parquet``.
 
@@ -175,7 +200,7 @@ class _ScoreBlocks(_WithQueries):
         self._scan.add(block)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        yield _of_bundle(self._scan)
+        yield _of_bundle(self._scan.top())
 
 
 class _ScoreShards(_WithQueries):
@@ -207,7 +232,36 @@ class _ScoreShards(_WithQueries):
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._scan is not None:
-            yield _of_bundle(self._scan)
+            yield _of_bundle(self._scan.top())
+
+
+class _RescoreShards(_WithQueries):
+    def __init__(self, job: RescoreShortlist) -> None:
+        super().__init__(job.question)
+        self._store = job.store
+        self._checkpoint_ids = job.checkpoint_ids
+        self._directory = job.shortlist
+        self._notes = job.notes
+        self._shared_shortlist = Shared()
+
+    def setup(self) -> None:
+        super().setup()
+        self._shortlist: Shortlist = self._shared_shortlist.acquire(
+            lambda: Shortlist.read(self._directory, self._queries.block)
+        )
+
+    def start_bundle(self) -> None:
+        self._top = TopInfluences.empty(self._queries.block, self._question.k)
+
+    def process(self, name: str) -> None:
+        shard, k = self._store.shard(name), self._question.k
+        found = rescored_shard(shard, self._checkpoint_ids, self._queries, k, self._shortlist)
+        self._top = self._top.merge(found)
+        if self._notes is not None:
+            self._notes.finished(name, 0, len(shard.rows))
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        yield _of_bundle(self._top)
 
 
 class _WriteScores(_WithQueries):
@@ -219,9 +273,9 @@ class _WriteScores(_WithQueries):
         write_score_matrix(self._directory, block, self._queries)
 
 
-def _of_bundle(scan: TopScan) -> WindowedValue:
+def _of_bundle(top: TopInfluences) -> WindowedValue:
     window = GlobalWindow()
-    return WindowedValue(scan.top(), window.max_timestamp(), [window])
+    return WindowedValue(top, window.max_timestamp(), [window])
 
 
 class _MergeAll(beam.PTransform):

@@ -10,7 +10,6 @@ from tracin_transforms.beam.extract import Extraction
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.protocols import BadExample, Shard
 from tracin_transforms.storage.factor_store import FactorStore
-from tracin_transforms.storage.job_notes import JobNotes
 from tracin_transforms.storage.shard_writer import ShardWriter
 
 
@@ -20,7 +19,8 @@ class WriteFactors(beam.PTransform):
 
     A worker writes a shard where it computes it: factors are not shuffled. What a shard holds of
     other checkpoints already is kept; a shard that is complete, written by another worker or run
-    meanwhile, is left alone.
+    meanwhile, is left alone. In a store of sketches, the factors are projected before they are
+    stored.
 
     Attributes:
         extraction: How to compute them.
@@ -62,8 +62,9 @@ class _WriteShard(beam.DoFn):
             yield shard.name
             return
         bad: list[BadExample] = []
-        weights = self._store.description.sorting_weights
-        with ShardWriter(paths, shard, weights, self._dtype, known, self._new) as writer:
+        described = self._store.description
+        weights, sketch = described.sorting_weights, described.sketch
+        with ShardWriter(paths, shard, weights, self._dtype, known, self._new, sketch) as writer:
             for block in self._extraction.blocks(self._loaded, shard, bad):
                 writer.add(block)
                 self._examples.inc(len(block))
@@ -81,27 +82,21 @@ class ReadFactors(beam.PTransform):
     Attributes:
         store: Where they are.
         checkpoint_ids: Which checkpoints are wanted, in order.
-        notes: Where workers note what they have done, or None.
     """
 
     store: FactorStore
     checkpoint_ids: Sequence[str]
-    notes: JobNotes | None = None
 
     def expand(self, names: beam.PCollection[str]) -> beam.PCollection[FactorBlock]:
         """Wires the steps."""
         return (
             names
             | "DistributeShards" >> beam.Reshuffle()
-            | "ReadShard"
-            >> beam.FlatMap(_read_shard, self.store, tuple(self.checkpoint_ids), self.notes)
+            | "ReadShard" >> beam.FlatMap(_read_shard, self.store, tuple(self.checkpoint_ids))
         )
 
 
 def _read_shard(
-    name: str, store: FactorStore, checkpoint_ids: tuple[str, ...], notes: JobNotes | None
+    name: str, store: FactorStore, checkpoint_ids: tuple[str, ...]
 ) -> Iterator[FactorBlock]:
-    shard = store.shard(name)
-    yield from shard.blocks(checkpoint_ids)
-    if notes is not None:
-        notes.finished(name, 0, len(shard.rows))
+    return store.shard(name).blocks(checkpoint_ids)

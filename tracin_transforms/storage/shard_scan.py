@@ -52,7 +52,7 @@ def scan_shard(
         Part.REST: range(file.head, len(file.batches)),
         Part.WHOLE: range(len(file.batches)),
     }[part]
-    bounds = RowBounds.of_stored(rows.gradient_norms, rows.peaks, rounding) if pruner else None
+    bounds = RowBounds.of_stored(rows.stored_norms, rows.peaks, rounding) if pruner else None
     planned: dict[int, list[Piece]] = {}
 
     def is_wanted(number: int) -> bool:
@@ -73,7 +73,7 @@ def _largest(block: PackedBlock, rounding: float) -> np.ndarray | None:
     """Returns the largest gradient norms by checkpoint, None where positions may cancel."""
     if _has_positions(block.layout):
         return None
-    norms = block.known.gradient_norms.astype(np.float64)
+    norms = block.known.stored_norms.astype(np.float64)
     largest: np.ndarray = np.sqrt((norms**2).sum(axis=2)).max(axis=0) * (1 + rounding) ** 2
     return largest
 

@@ -21,6 +21,7 @@ from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.influence import squared_gradient_norms
 from tracin_transforms.core.peaks import Peaks
 from tracin_transforms.core.protocols import BadExample, Shard
+from tracin_transforms.core.sketching import TWO_SIDED, Sketch
 from tracin_transforms.storage.factor_shard import ShardPaths, StoredShard
 from tracin_transforms.storage.files import written_atomically
 from tracin_transforms.storage.remote import RemotePath, refusals_named
@@ -57,6 +58,8 @@ class ShardWriter:
         dtype: ``float16`` or ``float32``.
         known: The shard as it is stored already, of which other checkpoints are kept.
         new: Ids of the checkpoints whose factors come.
+        sketch: What they are projected by before they are stored, if they are. Gradient norms,
+            and so self-influence and the order of the rows, are those before.
     """
 
     def __init__(
@@ -67,10 +70,12 @@ class ShardWriter:
         dtype: str,
         known: StoredShard | None = None,
         new: Sequence[str] = (),
+        sketch: Sketch | None = None,
     ) -> None:
         self._paths = paths
         self._shard = shard
         self._dtype = dtype
+        self._sketch = sketch
         kept = [] if known is None else known.checkpoints_but(new)
         self._known = _Known(known.paths, kept) if known is not None and kept else None
         self._weights = weights
@@ -91,19 +96,24 @@ class ShardWriter:
         self._spool.close()
 
     def add(self, block: FactorBlock) -> None:
-        """Takes the next rows of the shard.
+        """Takes the next rows of the shard, with their factors as they were extracted.
 
         Raises:
-            InputError: Their factors are of another form than those before; the disk is full.
+            InputError: Their factors are of another form than those before, or do not fit the
+                sketch; the disk is full.
         """
+        norms = _gradient_norms(block)
+        if self._sketch is not None:
+            block = self._sketch.project(block)
         rows = Rows(
             block.indices,
             block.example_ids,
             block.labels,
             block.predictions,
             block.losses,
-            np.sqrt(squared_gradient_norms(block)).astype(np.float32),
-            Peaks.of_block(block),
+            norms,
+            self._peaks(block),
+            None if self._sketch is None else _gradient_norms(block),
         )
         if self._known is not None:
             there = self._known.holds(block.indices)
@@ -128,6 +138,12 @@ class ShardWriter:
         with refusals_named(self._paths.factors, "written"):
             self._spool.write(records.data)
         self._rows.append(rows)
+
+    def _peaks(self, block: FactorBlock) -> Peaks:
+        """Returns the peaks of a block's rows; none of projected error signals, which are even."""
+        if self._sketch is not None and self._sketch.kind == TWO_SIDED:
+            return Peaks.none(len(block), len(block.gradients))
+        return Peaks.of_block(block)
 
     def finish(self, bad: Sequence[BadExample]) -> Sidecar:
         """Writes the shard.
@@ -233,14 +249,22 @@ class _Known:
         known = self._rows.take(self._places(rows.indices))
         ids = [*new, *self.layout.checkpoint_ids]
         places = [ids.index(checkpoint_id) for checkpoint_id in checkpoint_ids]
+        names = ["predictions", "losses", "gradient_norms"]
+        if rows.sketch_norms is not None:
+            names.append("sketch_norms")
         both = {
             name: np.concatenate([getattr(rows, name), getattr(known, name)], axis=1)[:, places]
-            for name in ("predictions", "losses", "gradient_norms")
+            for name in names
         }
         return replace(rows, **both, peaks=rows.peaks.joined(known.peaks).of_checkpoints(places))
 
     def _places(self, indices: np.ndarray) -> np.ndarray:
         return self._order[np.searchsorted(self._sorted, indices)]
+
+
+def _gradient_norms(block: FactorBlock) -> np.ndarray:
+    """Returns the norm of each layer's gradient, shape [n, K, L], float32."""
+    return np.sqrt(squared_gradient_norms(block)).astype(np.float32)
 
 
 class _Hashed(io.RawIOBase):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.peaks import Peaks
 from tracin_transforms.core.protocols import BadExample, Shard
-from tracin_transforms.storage.columns import as_column
+from tracin_transforms.storage.columns import as_array, as_column, as_strings
 from tracin_transforms.storage.files import AnyPath, written_atomically
 from tracin_transforms.storage.remote import refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
@@ -24,7 +24,7 @@ from tracin_transforms.storage.row_layout import RowLayout
 _KEY = b"tracin"
 # Columns of floats in lists.
 _FLOATS = (
-    *("losses", "gradient_norms", "gradient_norms_per_layer"),
+    *("losses", "gradient_norms", "gradient_norms_per_layer", "sketch_norms"),
     *("peak_values", "peak_rests"),
 )
 _PEAKS = ("peak_classes", "peak_values", "peak_rests")
@@ -78,9 +78,11 @@ class Rows:
         labels: As in `FactorBlock`.
         predictions: As in `FactorBlock`, of all K checkpoints.
         losses: Shape [n, K], float32, in nats.
-        gradient_norms: ‖∇ℓ(w_k, z)‖ of each layer, shape [n, K, L], float32.
-        peaks: The largest entries of the error signals, as `core.peaks.Peaks`; of no entries
-            where they were not stored or not read.
+        gradient_norms: ‖∇ℓ(w_k, z)‖ of each layer, shape [n, K, L], float32; also where the
+            factors are sketches, that of the gradient itself.
+        peaks: The largest entries of the stored error signals, as `core.peaks.Peaks`; of no
+            entries where they were not stored or not read.
+        sketch_norms: Norms of the sketches, of the same shape; None where factors are no sketches.
     """
 
     indices: np.ndarray
@@ -90,6 +92,12 @@ class Rows:
     losses: np.ndarray
     gradient_norms: np.ndarray
     peaks: Peaks
+    sketch_norms: np.ndarray | None = None
+
+    @property
+    def stored_norms(self) -> np.ndarray:
+        """Norms of what the factor file holds, gradients or sketches, shape [n, K, L], float32."""
+        return self.gradient_norms if self.sketch_norms is None else self.sketch_norms
 
     @classmethod
     def none(cls, checkpoints: int) -> "Rows":
@@ -117,10 +125,13 @@ class Rows:
             self.losses[selection],
             self.gradient_norms[selection],
             self.peaks.take(selection),
+            None if self.sketch_norms is None else self.sketch_norms[selection],
         )
 
     def of_checkpoints(self, places: list[int]) -> "Rows":
         """Returns the rows with what is known at some checkpoints only, by their places."""
+        if places == list(range(self.losses.shape[1])):
+            return self
         return Rows(
             self.indices,
             self.example_ids,
@@ -129,12 +140,14 @@ class Rows:
             self.losses[:, places],
             self.gradient_norms[:, places],
             self.peaks.of_checkpoints(places),
+            None if self.sketch_norms is None else self.sketch_norms[:, places],
         )
 
 
 def joined_rows(parts: Sequence[Rows]) -> Rows:
     """Returns the rows of all parts, of which there is at least one."""
-    arrays = [name for name in Rows.__dataclass_fields__ if name != "peaks"]
+    none = {"sketch_norms"} if parts[0].sketch_norms is None else set()
+    arrays = Rows.__dataclass_fields__.keys() - {"peaks"} - none
     return Rows(
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
         peaks=Peaks.of_rows([part.peaks for part in parts]),
@@ -188,6 +201,8 @@ def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -
     }
     if layers > 1:
         columns["gradient_norms_per_layer"] = as_column(rows.gradient_norms.reshape(n, k * layers))
+    if rows.sketch_norms is not None:
+        columns["sketch_norms"] = as_column(rows.sketch_norms.reshape(n, k * layers))
     if rows.peaks.count:
         columns["peak_classes"] = as_column(rows.peaks.classes.reshape(n, -1))
         columns["peak_values"] = as_column(rows.peaks.values.reshape(n, -1))
@@ -267,12 +282,17 @@ def _rows(table: pa.Table, layout: RowLayout, description: dict[str, Any]) -> Ro
     norms = per_layer if per_layer in table.column_names else "gradient_norms"
     return Rows(
         indices=table["index"].to_numpy(),
-        example_ids=np.array(table["example_id"].to_pylist(), dtype=str),
+        example_ids=as_strings(table["example_id"]),
         labels=_numbers(table["label"], (n, *description["label_shape"])),
         predictions=_numbers(table["predictions"], (n, *description["prediction_shape"])),
         losses=_numbers(table["losses"], (n, k)),
         gradient_norms=_numbers(table[norms], (n, k, -1)),
         peaks=_peaks(table, n, k),
+        sketch_norms=(
+            _numbers(table["sketch_norms"], (n, k, -1))
+            if "sketch_norms" in table.column_names
+            else None
+        ),
     )
 
 
@@ -286,9 +306,7 @@ def _peaks(table: pa.Table, n: int, k: int) -> Peaks:
 
 
 def _numbers(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    array = as_array(column)
     while pa.types.is_list(array.type):
         array = array.flatten()
     return np.asarray(array).reshape(shape)

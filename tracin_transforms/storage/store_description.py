@@ -6,6 +6,7 @@ from typing import Any
 
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.protocols import Shard
+from tracin_transforms.core.sketching import Sketch
 from tracin_transforms.storage.manifest import differences
 
 FORMAT = 2
@@ -17,7 +18,7 @@ class StoreDescription:
 
     Attributes:
         factors: What determines them but for checkpoints and shards: model, layers, loss,
-            precision, dtype, source of the examples; JSON values.
+            precision, dtype, sketch if they are sketches, source of the examples; JSON values.
         checkpoints: id, path, step, learning rate and content hash of each, in order.
         shards: The shards of the source.
         loading: How checkpoints become models, for queries; not part of what tells stores apart.
@@ -32,6 +33,11 @@ class StoreDescription:
     def checkpoint_ids(self) -> tuple[str, ...]:
         """The checkpoints' ids, in order."""
         return tuple(checkpoint["id"] for checkpoint in self.checkpoints)
+
+    @property
+    def sketch(self) -> Sketch | None:
+        """How the factors were projected; None where they are the gradients' own."""
+        return Sketch.from_json(self.factors["sketch"]) if "sketch" in self.factors else None
 
     @property
     def sorting_weights(self) -> dict[str, float]:

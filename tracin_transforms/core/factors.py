@@ -201,6 +201,15 @@ class FactorBlock:
         """Names of the layers, in order, at the first checkpoint."""
         return tuple(layer.name for layer in self.gradients[0].layers)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the gradient factors take."""
+        return sum(
+            layer.activations.nbytes + layer.error_signals.nbytes
+            for gradient in self.gradients
+            for layer in gradient.layers
+        )
+
     def scaled(self, factors: np.ndarray) -> "FactorBlock":
         """Returns the block with each gradient multiplied by a factor.
 

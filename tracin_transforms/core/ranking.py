@@ -167,11 +167,6 @@ class Thresholds:
         """Returns those of queries of which nothing is known."""
         return cls(np.zeros(queries), np.zeros(queries))
 
-    @property
-    def lower(self) -> np.ndarray:
-        """What a pair must reach, in whatever direction, shape [q]."""
-        return np.minimum(self.proponents, self.opponents)
-
     def at_least(self, floor: "Thresholds") -> "Thresholds":
         """Returns the higher of both."""
         return Thresholds(
@@ -183,8 +178,17 @@ class Thresholds:
 def _strongest(rows: InfluenceRows, k: int, sign: int) -> InfluenceRows:
     """Returns the k largest sign * influence > 0 of each query, in the ranking's order."""
     signed = sign * rows.influence
-    order = np.lexsort((rows.example_ids, -signed, rows.query_rows))
-    order = order[signed[order] > 0]
+    order = np.flatnonzero(signed > 0)
+    order = order[np.lexsort((-signed[order], rows.query_rows[order]))]
+    query_rows, sorted_scores = rows.query_rows[order], signed[order]
+    tied = np.zeros(len(order) + 1, dtype=bool)
+    tied[1:-1] = (np.diff(query_rows) == 0) & (np.diff(sorted_scores) == 0)
+    # Ids, which are slow to compare, are only where scores are equal.
+    again = np.flatnonzero(tied[1:] | tied[:-1])
+    if len(again):
+        ids = rows.example_ids[order[again]]
+        keys = (ids, -sorted_scores[again], query_rows[again])
+        order[again] = order[again[np.lexsort(keys)]]
     query_rows = rows.query_rows[order]
     place = np.arange(len(order)) - np.searchsorted(query_rows, query_rows)
     return rows.take(order[place < k])

@@ -6,13 +6,14 @@ float32 factors, however the rows were put into blocks. As the k strongest becom
 pairs need to be looked at twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 
+from tracin_transforms.core.candidates import Candidates
 from tracin_transforms.core.factors import FactorBlock, GradientFactors
 from tracin_transforms.core.influence import (
     absolute_gradient_norms,
@@ -29,12 +30,13 @@ from tracin_transforms.core.threads import Threads
 # whole multiples of some rows are faster.
 _TILE_BYTES = 12 * 2**20
 _ROWS = 32
-# Above this many candidates per query and k their own k-th best value is worth computing.
-_CANDIDATES_PER_K = 4
+# Small blocks are held until they are so many bytes: what is strong in one of them may be weak
+# beside the next, and need not be computed again.
+_HELD_BYTES = 32 * 2**20
 # Pairs that one thread computes again at a time.
-_PAIRS = 2048
-# Candidates wait until they are this share of what is known already.
-_PENDING_SHARE = 0.25
+_PAIRS = 4096
+# Pairs that were computed again wait until they are this share of what is known already.
+_NEW_SHARE = 0.25
 
 
 class Rows(Protocol):
@@ -45,6 +47,11 @@ class Rows(Protocol):
 
     def __len__(self) -> int:
         """Returns n."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the gradient factors take."""
         ...
 
     def rows(self, selection: slice | np.ndarray) -> FactorBlock:
@@ -74,34 +81,6 @@ class Piece:
         return (self.rows.stop - self.rows.start) * len(self.columns)
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidates:
-    """Pairs that may be among the k strongest.
-
-    Attributes:
-        rows: Of the block, shape [m].
-        columns: Indices of the queries, shape [m].
-        scores: Their scores, those for opponents with the sign reversed, shape [m], float32.
-        signs: 1 for proponents, -1 for opponents, shape [m], int8.
-    """
-
-    rows: np.ndarray
-    columns: np.ndarray
-    scores: np.ndarray
-    signs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, selection: np.ndarray) -> "_Candidates":
-        return _Candidates(
-            self.rows[selection],
-            self.columns[selection],
-            self.scores[selection],
-            self.signs[selection],
-        )
-
-
 class TopScan:
     """Takes blocks, and knows the strongest pairs among them.
 
@@ -120,14 +99,25 @@ class TopScan:
         self._threads = threads
         self._floor = Thresholds.none(len(queries)) if floor is None else floor
         self._best = TopInfluences.empty(queries.block, k)
-        self._thresholds = self._floor
-        self._pending: list[InfluenceRows] = []
+        self._new: list[InfluenceRows] = []
+        self._reach = self._scaled(self._floor)
+        self._blocks: list[Rows] = []
+        self._found = [Candidates.none(), Candidates.none()]
+        self._margin = np.zeros(len(queries))
         self._pairs = 0
 
     @property
-    def thresholds(self) -> Thresholds:
-        """What a pair must reach to be among the strongest, as far as is known."""
-        return self._thresholds
+    def needed(self) -> np.ndarray:
+        """What the influence of a pair must reach, in size, to matter still; shape [q]."""
+        found: np.ndarray = np.minimum(*self._reach) / self._queries.scales
+        return found
+
+    @property
+    def tile_rows(self) -> int:
+        """How many rows of a block, at most, are scored together."""
+        # One checkpoint's factors, and three matrices of scores.
+        numbers = 3 * len(self._queries) + self._numbers
+        return max(_ROWS, _TILE_BYTES // (4 * numbers) // _ROWS * _ROWS)
 
     def add(
         self, block: Rows, pieces: list[Piece] | None = None, largest: np.ndarray | None = None
@@ -150,21 +140,25 @@ class TopScan:
             return
         if largest is None:
             largest = absolute_gradient_norms(block.rows(slice(None))).max(axis=0)
-        margin = self._margin(largest)
-        limits = [
-            (self._queries.scales * thresholds - margin).astype(np.float32)
-            for thresholds in (self._thresholds.proponents, self._thresholds.opponents)
-        ]
-        scored = self._threads.map(lambda piece: self._score(block, piece, limits, margin), pieces)
-        found = _joined([self._fewer(_joined(end), margin) for end in zip(*scored, strict=True)])
-        found = found.take(np.argsort(found.rows, kind="stable"))
-        parts = np.split(np.arange(len(found)), range(_PAIRS, len(found), _PAIRS))
-        self._pending += self._threads.map(partial(self._exact, block), map(found.take, parts))
+        margin = self._margin_of(largest)
+        limits = [(reach - margin).astype(np.float32) for reach in self._reach]
+        score = partial(self._score, block, limits, margin)
+        scored = self._threads.map(score, pieces)
+        self._margin = np.maximum(self._margin, margin)
+        for end, parts in enumerate(zip(*scored, strict=True)):
+            found = self._found[end].joined(parts)
+            if found.are_many(self._k, len(self._queries)):
+                found, reached = found.strongest(self._k, self._margin)
+                self._reach[end] = np.maximum(self._reach[end], reached)
+            self._found[end] = found
         self._pairs += sum(piece.pairs for piece in pieces)
-        self._merge_if_many()
+        self._blocks.append(block)
+        if sum(block.nbytes for block in self._blocks) > _HELD_BYTES:
+            self._settle()
 
     def top(self) -> TopInfluences:
         """Returns the strongest pairs of all blocks so far."""
+        self._settle()
         self._merge()
         return self._best.sorted(self._pairs)
 
@@ -178,26 +172,24 @@ class TopScan:
         ]
 
     @property
-    def tile_rows(self) -> int:
-        """How many rows of a block, at most, are scored together."""
-        # One checkpoint's factors, and three matrices of scores.
-        numbers = 3 * len(self._queries) + self._numbers
-        return max(_ROWS, _TILE_BYTES // (4 * numbers) // _ROWS * _ROWS)
-
-    @property
     def _numbers(self) -> int:
         layers = self._queries.block.gradients[0].layers
         return sum(layer.numbers_per_example for layer in layers)
 
-    def _margin(self, largest: np.ndarray) -> np.ndarray:
+    def _scaled(self, thresholds: Thresholds) -> list[np.ndarray]:
+        """Returns what scores must reach, for proponents and for opponents."""
+        scales = self._queries.scales
+        return [scales * thresholds.proponents, scales * thresholds.opponents]
+
+    def _margin_of(self, largest: np.ndarray) -> np.ndarray:
         """Returns how far scores of a block may be off, shape [q]; 0 where all are exactly 0."""
         queries = self._queries
         bound = rounding_bound(largest, queries.norms, queries.weights, self._numbers)
         return queries.scales * bound
 
     def _score(
-        self, block: Rows, piece: Piece, limits: list[np.ndarray], margin: np.ndarray
-    ) -> list[_Candidates]:
+        self, block: Rows, limits: list[np.ndarray], margin: np.ndarray, piece: Piece
+    ) -> list[Candidates]:
         """Returns the candidates of a piece for proponents, and those for opponents."""
         queries = self._queries.scored_columns(piece.columns)
         scores = inner_products(block.gradients_of(piece.rows), queries.gradients)
@@ -209,31 +201,39 @@ class TopScan:
         for sign, extreme, limit in ((1, highest, limits[0]), (-1, lowest, limits[1])):
             at = np.flatnonzero(sign * extreme > limit[piece.columns])
             columns = piece.columns[at]
-            signed = sign * scores[:, at]
-            rows, places = _passing(signed, limit[columns], 2 * margin[columns], self._k)
-            signs = np.full(len(rows), sign, np.int8)
-            scored = signed[rows, places]
-            found.append(_Candidates(rows + piece.rows.start, columns[places], scored, signs))
+            found.append(
+                Candidates.of_scores(
+                    len(self._blocks),
+                    piece.rows.start,
+                    columns,
+                    sign * scores[:, at],
+                    limit[columns],
+                    margin[columns],
+                    self._k,
+                )
+            )
         return found
 
-    def _fewer(self, found: _Candidates, margin: np.ndarray) -> _Candidates:
-        """Returns the candidates without those that k others of the same query surpass."""
-        if len(found) <= _CANDIDATES_PER_K * self._k * len(self._queries):
-            return found
-        found = found.take(np.lexsort((-found.scores, found.columns)))
-        starts = np.searchsorted(found.columns, np.arange(len(self._queries)))
-        counts = np.diff(np.append(starts, len(found.columns)))
-        limits = np.full(len(self._queries), -np.inf)
-        full = counts > self._k
-        kth = starts[full] + self._k - 1
-        # The k-th best is itself off by up to the margin.
-        limits[full] = found.scores[kth] - 2 * margin[full]
-        return found.take(np.flatnonzero(found.scores >= limits[found.columns]))
+    def _settle(self) -> None:
+        """Computes the candidates' influence in float64, and lets go of their blocks."""
+        groups: list[tuple[int, Rows, Candidates]] = []
+        for sign, found in zip((1, -1), self._found, strict=True):
+            found = found.strongest(self._k, self._margin)[0]
+            found = found.take(np.lexsort((found.rows, found.blocks)))
+            edges = np.searchsorted(found.blocks, np.arange(len(self._blocks) + 1))
+            for block, start, stop in zip(self._blocks, edges, edges[1:], strict=False):
+                for at in range(start, stop, _PAIRS):
+                    part = found.take(np.arange(at, min(at + _PAIRS, stop)))
+                    groups.append((sign, block, part))
+        self._new += self._threads.map(lambda group: self._exact(*group), groups)
+        self._blocks, self._found = [], [Candidates.none(), Candidates.none()]
+        self._margin = np.zeros(len(self._queries))
+        known = len(self._best.proponents) + len(self._best.opponents)
+        if sum(map(len, self._new)) > _NEW_SHARE * known:
+            self._merge()
 
-    def _exact(self, block: Rows, found: _Candidates) -> InfluenceRows:
-        """Returns candidates with their influence in float64, if it is of their sign."""
-        if not len(found):
-            return InfluenceRows.empty(self._queries.block)
+    def _exact(self, sign: int, block: Rows, found: Candidates) -> InfluenceRows:
+        """Returns candidates with their influence in float64, if it is of the sign."""
         rows, places = np.unique(found.rows, return_inverse=True)
         part = block.rows(rows)
         queries = self._queries
@@ -245,43 +245,13 @@ class TopScan:
             parts=pair_influence(part, queries.block, queries.weights, places, found.columns),
         )
         # Rounding may have given a score near 0 the other sign.
-        return pairs.take(np.flatnonzero(found.signs * pairs.influence > 0))
-
-    def _merge_if_many(self) -> None:
-        waiting = sum(map(len, self._pending))
-        known = len(self._best.proponents) + len(self._best.opponents)
-        if waiting > _PENDING_SHARE * known:
-            self._merge()
+        return pairs.take(np.flatnonzero(sign * pairs.influence > 0))
 
     def _merge(self) -> None:
-        if not self._pending:
+        if not self._new:
             return
-        first, *more = self._pending
-        self._pending = []
+        first, *more = self._new
+        self._new = []
         self._best = self._best.with_rows(first.joined(*more))
-        self._thresholds = self._best.thresholds().at_least(self._floor)
-
-
-def _passing(
-    signed: np.ndarray, limits: np.ndarray, margin: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows and columns of scores above their column's limit.
-
-    Where they are many, those that k others of the column surpass by the margin are left out.
-    """
-    passing = signed > limits
-    if len(signed) > k and passing.sum() > _CANDIDATES_PER_K * k * signed.shape[1]:
-        place = len(signed) - k
-        kth = np.partition(signed, place, axis=0)[place].astype(np.float64)
-        passing &= signed >= (kth - margin).astype(np.float32)
-    rows, columns = np.nonzero(passing)
-    return rows, columns
-
-
-def _joined(parts: Sequence[_Candidates]) -> _Candidates:
-    return _Candidates(
-        np.concatenate([part.rows for part in parts]),
-        np.concatenate([part.columns for part in parts]),
-        np.concatenate([part.scores for part in parts]),
-        np.concatenate([part.signs for part in parts]),
-    )
+        reach = self._scaled(self._best.thresholds().at_least(self._floor))
+        self._reach = [np.maximum(a, b) for a, b in zip(self._reach, reach, strict=True)]

@@ -58,6 +58,12 @@ class PackedBlock:
     def __len__(self) -> int:
         return len(self.known)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the gradient factors take, packed."""
+        size: int = self.batch.nbytes
+        return size
+
     def rows(self, selection: slice | np.ndarray) -> FactorBlock:
         """Returns the selected rows with their gradient factors in float32."""
         known = self.known.take(selection)

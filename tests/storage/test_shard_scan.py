@@ -255,7 +255,7 @@ def test_peaks_bound_what_they_stand_for():
     rng = np.random.default_rng(10)
     block = of_classes(rng, 200)
     peaks = Peaks.of_block(block)
-    assert peaks.count == 8
+    assert peaks.count == 16
     for k, gradient in enumerate(block.gradients):
         layer = gradient.layers[0]
         norms = np.sqrt((layer.activations.astype(np.float64) ** 2).sum(axis=1) + 1)
@@ -266,15 +266,17 @@ def test_peaks_bound_what_they_stand_for():
         np.testing.assert_allclose(
             peaks.rests[:, k], np.linalg.norm(rest, axis=1) * norms, rtol=1e-4, atol=1e-6
         )
-        sizes = np.abs(layer.error_signals)
-        smallest = np.where(kept != 0, sizes, np.inf).min(axis=1)
-        assert (np.sort(sizes, axis=1)[:, -8] <= smallest).all()
+        np.testing.assert_allclose(
+            peaks.next[:, k], np.abs(rest).max(axis=1) * norms, rtol=1e-4, atol=1e-6
+        )
+        smallest = np.where(kept != 0, np.abs(kept), np.inf).min(axis=1) * (1 + 1e-6)
+        assert (np.abs(rest).max(axis=1) <= smallest).all()
 
 
 def test_no_peaks_but_of_one_wide_layer():
     rng = np.random.default_rng(11)
     wide = random_block(rng, 5, classes=256)
-    assert Peaks.of_block(wide).count == 8
+    assert Peaks.of_block(wide).count == 16
     for other in (
         random_block(rng, 5, classes=255),
         random_block(rng, 5, classes=256, layers=2),

@@ -4,10 +4,9 @@ By the inequality of Cauchy and Schwarz, at each checkpoint and layer,
 
     |influence(z, z')| ≤ Σ_k |η_k| Σ_l ‖∇ℓ_kl(z)‖ ‖∇ℓ_kl(z')‖                           (norms)
 
-and, for one dense layer with many outputs, with c over the few largest entries of e and r the
-norm of the others, see `peaks`,
+and, for one dense layer with many outputs, with what `peaks` says of |e·e'|,
 
-    |influence(z, z')| ≤ Σ_k |η_k| (|Σ_c e_c e'_c| + r ‖e'‖) √(‖h‖² + 1) √(‖h'‖² + 1)   (peaks)
+    |influence(z, z')| ≤ Σ_k |η_k| |e·e'| √(‖h‖² + 1) √(‖h'‖² + 1)                      (peaks)
 
 A pair whose bound is below what it takes to be among the k strongest need not be multiplied. The
 result is that of multiplying all of them. Rows are looked at in strips: first by the largest norms
@@ -25,8 +24,10 @@ from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.threads import Threads
 from tracin_transforms.core.top_scan import Piece
 
-# Rows that are multiplied with the same queries.
-_STRIP = 64
+# Rows that are multiplied with the same queries, at least.
+_STRIP = 32
+# Entries of a query's error signals that are large.
+_LARGE = 4
 # Bounds are sums in float32: this much is granted for their rounding.
 _SLACK = 2.0**-18
 _TINY = 2.0**-100
@@ -37,7 +38,7 @@ _PAYS_SHARE = 0.7
 _BLOCKS_WITHOUT = 8
 # What work takes, in multiplications: that of one more piece and layer, of bringing one number of
 # a row into float32, and of copying one number of a query.
-_PIECE_COST = 2e6
+_PIECE_COST = 3e6
 _ROW_COST = 30
 _QUERY_COST = 15
 
@@ -49,10 +50,13 @@ class RowBounds:
     Attributes:
         norms: At least ‖∇ℓ_kl‖, shape [n, K * L], float32.
         peaks: Of the same rows; of no entries where there are none.
+        rounding: By which share of itself each number of the factors may differ from what peaks
+            were taken of.
     """
 
     norms: np.ndarray
     peaks: Peaks
+    rounding: float
 
     @classmethod
     def of_stored(cls, norms: np.ndarray, peaks: Peaks, rounding: float) -> "RowBounds":
@@ -64,17 +68,14 @@ class RowBounds:
             rounding: By which share of itself each number of the factors may have changed.
         """
         more = np.float32((1 + rounding) ** 2 + _SLACK)
-        flat = norms.reshape(len(norms), -1) * more
-        # An entry's change counts as part of the rest: it is at most this share of the norm.
-        rests = (peaks.rests + np.float32(2 * rounding) * norms[:, :, 0]) * more
-        return cls(flat, Peaks(peaks.classes, peaks.values * more, rests))
+        return cls(norms.reshape(len(norms), -1) * more, peaks, rounding)
 
     def __len__(self) -> int:
         return len(self.norms)
 
     def rows(self, selection: slice | np.ndarray) -> "RowBounds":
         """Returns those of the selected rows."""
-        return RowBounds(self.norms[selection], self.peaks.take(selection))
+        return RowBounds(self.norms[selection], self.peaks.take(selection), self.rounding)
 
 
 class Pruner:
@@ -97,7 +98,7 @@ class Pruner:
         self._numbers = len(block.gradients) * sum(layer.numbers_per_example for layer in layers)
         self._parts = len(block.gradients) * len(layers)
         self._signals = self._error_signals(factors)
-        self._signal_norms = [np.sqrt(np.einsum("cq,cq->q", s, s)) for s in self._signals]
+        self._signal_norms = _norms_of_parts(self._signals) if self._signals else None
         self._without = 0
 
     def pieces(self, rows: RowBounds, thresholds: np.ndarray) -> list[Piece]:
@@ -165,7 +166,10 @@ class Pruner:
             np.abs(products, out=products)
             bounds = products if bounds is None else np.add(bounds, products, out=bounds)
         assert bounds is not None
-        bounds += peaks.rests @ np.stack(self._signal_norms)
+        # Rounding changes e by at most a share of its norm, and h by at most a share of itself.
+        rounded = np.float32(rows.rounding) * rows.norms
+        bounds += np.hstack([peaks.next, peaks.rests, rounded]) @ self._signal_norms
+        bounds *= np.float32(1 + rows.rounding + _SLACK)
         return bounds
 
     def _grouped(self, is_open: np.ndarray, n: int) -> list[Piece]:
@@ -189,3 +193,23 @@ class Pruner:
         columns = int(np.count_nonzero(wanted))
         numbers = rows * (2 * columns + _ROW_COST) + columns * _QUERY_COST
         return self._parts * _PIECE_COST + numbers * self._numbers
+
+
+def _norms_of_parts(signals: list[np.ndarray]) -> np.ndarray:
+    """Returns what the entries of a row that are no peaks are multiplied with, at most.
+
+    Args:
+        signals: Of each of K checkpoints, shape [C, q].
+
+    Returns:
+        ‖e'_U‖₁ of the largest entries, the norm of the others, and ‖e'‖: K rows each, shape
+        [3 K, q], float32.
+    """
+    sizes = [-np.sort(-np.abs(signal), axis=0) for signal in signals]
+    return np.vstack(
+        [
+            *(size[:_LARGE].sum(axis=0) for size in sizes),
+            *(np.linalg.norm(size[_LARGE:], axis=0) for size in sizes),
+            *(np.linalg.norm(size, axis=0) for size in sizes),
+        ]
+    )

@@ -1,9 +1,9 @@
 """Writing a shard of a factor store: gathered block by block, sorted, written in one piece.
 
-The order of the rows is for those who look for the strongest influence: a head with the rows of
-largest self-influence, which says how much influence it takes; then the other rows, so that those
-that can still have that much lie together. With few classes these are the next ones by
-self-influence; with many, those of a query's own classes.
+The order of the rows is for those who look for the strongest influence: a head with the rows that
+promise most, which says how much influence it takes; then the other rows, so that those that can
+still have that much lie together. With few classes the rows are in the order of self-influence;
+with many, each class has a share of the head, and the other rows lie by their largest class.
 """
 
 import hashlib
@@ -318,11 +318,27 @@ def _order(rows: Rows, own: np.ndarray) -> tuple[np.ndarray, int]:
     order = np.lexsort((rows.example_ids, -own))
     head = min(len(order), max(_HEAD_ROWS, int(len(order) * _HEAD_SHARE)))
     if rows.peaks.count:
+        # Every class has its share of the head: what is strong for its queries.
+        order = order[np.argsort(_rank_in_class(rows.peaks.take(order)), kind="stable")]
         rest = order[head:]
-        # That of the last checkpoint, where errors are most often of few classes.
-        classes = rows.peaks.largest()[rest, -1]
-        order[head:] = rest[np.argsort(classes, kind="stable")]
+        classes, _ = rows.peaks.take(rest).largest(1)
+        order[head:] = rest[np.lexsort((rows.example_ids[rest], -own[rest], classes[:, 0]))]
     return order, head
+
+
+def _rank_in_class(peaks: Peaks) -> np.ndarray:
+    """Returns each row's best rank by an entry of its error signal, among those of its sign.
+
+    Its two largest entries, usually the label's and that of the class it is taken for, are ranked
+    among all of the class.
+    """
+    classes, values = peaks.largest(2)
+    kinds = (classes.astype(np.int64) * 2 + (values > 0)).ravel()
+    order = np.lexsort((-np.abs(values).ravel(), kinds))
+    in_order = kinds[order]
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order)) - np.searchsorted(in_order, in_order)
+    return ranks.reshape(values.shape).min(axis=1)
 
 
 def _pieces(start: int, stop: int, size: int) -> list[slice]:

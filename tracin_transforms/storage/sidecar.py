@@ -25,9 +25,9 @@ _KEY = b"tracin"
 # Columns of floats in lists.
 _FLOATS = (
     *("losses", "gradient_norms", "gradient_norms_per_layer", "sketch_norms"),
-    *("peak_values", "peak_rests"),
+    *("peak_values", "peak_next", "peak_rests"),
 )
-_PEAKS = ("peak_classes", "peak_values", "peak_rests")
+_PEAKS = ("peak_classes", "peak_values", "peak_next", "peak_rests")
 FORMAT = 2
 
 
@@ -206,6 +206,7 @@ def write_sidecar(path: AnyPath, sidecar: Sidecar, self_influence: np.ndarray) -
     if rows.peaks.count:
         columns["peak_classes"] = as_column(rows.peaks.classes.reshape(n, -1))
         columns["peak_values"] = as_column(rows.peaks.values.reshape(n, -1))
+        columns["peak_next"] = as_column(rows.peaks.next)
         columns["peak_rests"] = as_column(rows.peaks.rests)
     description = {
         "format": FORMAT,
@@ -299,10 +300,9 @@ def _rows(table: pa.Table, layout: RowLayout, description: dict[str, Any]) -> Ro
 def _peaks(table: pa.Table, n: int, k: int) -> Peaks:
     if _PEAKS[0] not in table.column_names:
         return Peaks.none(n, k)
-    classes, values, rests = (table[name] for name in _PEAKS)
-    return Peaks(
-        _numbers(classes, (n, k, -1)), _numbers(values, (n, k, -1)), _numbers(rests, (n, k))
-    )
+    classes, values, following, rests = (table[name] for name in _PEAKS)
+    entries = (_numbers(column, (n, k, -1)) for column in (classes, values))
+    return Peaks(*entries, *(_numbers(column, (n, k)) for column in (following, rests)))
 
 
 def _numbers(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.core.test_ranking import assert_same as assert_same_top
-from tests.factories import CLASSES, WEIGHTS, WIDTH, random_block, split
+from tests.factories import CLASSES, WEIGHTS, WIDTH, random_block, ranked, split
 from tests.storage.test_factor_store import (
     FACTORS,
     IDS,
@@ -98,7 +98,7 @@ def test_pruning_changes_nothing(tmp_path, sketch, options, dtype):
 
 @pytest.mark.parametrize("classes", [CLASSES, 300])
 def test_rows_whose_sketches_are_longer_than_their_gradients_are_not_left_out(tmp_path, classes):
-    """The last 300 rows are the strongest by the sketch, and far from it by their gradients."""
+    """The last 100 rows are the strongest by the sketch, and the weakest by their gradients."""
     block = random_block(np.random.default_rng(0), 500, has_bias=False, classes=classes)
     # As many proponents as opponents.
     error_signals = np.ones((500, classes), np.float32)
@@ -110,9 +110,13 @@ def test_rows_whose_sketches_are_longer_than_their_gradients_are_not_left_out(tm
     for h, gradient in zip(rows, signs.gradients, strict=True):
         # In the one number of the sketch, all numbers of the last rows add up.
         h *= gradient.layers[0].activations
-        h[200:] = 0.6 * h[:WIDTH].sum(axis=0) / np.sqrt(WIDTH)
+        h[200:] *= 0.7
+        h[400:] = 0.6 * h[:WIDTH].sum(axis=0) / np.sqrt(WIDTH)
     block = _with(block, rows, error_signals)
-    assert _pruned_share(tmp_path, sketch, [block], block.rows(np.arange(3))) == 1
+    queries = block.rows(np.arange(3))
+    strongest = ranked([sketch.project(block)], sketch.project(queries), 5).proponents
+    assert (strongest.example_ids >= "z00400").all()
+    _pruned_share(tmp_path, sketch, [block], queries)
 
 
 def _with(block, activations, error_signals):

@@ -35,7 +35,7 @@ class Candidates:
     def of_scores(
         cls,
         block: int,
-        first_row: int,
+        places: np.ndarray,
         columns: np.ndarray,
         scores: np.ndarray,
         limits: np.ndarray,
@@ -49,7 +49,7 @@ class Candidates:
 
         Args:
             block: Number of the block.
-            first_row: Of the scores, in the block.
+            places: Row in the block of each row of the scores, shape [n].
             columns: Index of each of c queries.
             scores: Shape [n, c], float32.
             limits: Shape [c], float32.
@@ -61,9 +61,8 @@ class Candidates:
             place = len(scores) - k
             kth = np.partition(scores, place, axis=0)[place].astype(np.float64)
             passing &= scores >= (kth - 2 * margin).astype(np.float32)
-        rows, places = np.nonzero(passing)
-        blocks = np.full(len(rows), block)
-        return cls(blocks, rows + first_row, columns[places], scores[rows, places])
+        rows, at = np.nonzero(passing)
+        return cls(np.full(len(rows), block), places[rows], columns[at], scores[rows, at])
 
     def __len__(self) -> int:
         return len(self.rows)

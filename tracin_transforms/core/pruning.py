@@ -9,8 +9,8 @@ and, for one dense layer with many outputs, with what `peaks` says of |e·e'|,
     |influence(z, z')| ≤ Σ_k |η_k| |e·e'| √(‖h‖² + 1) √(‖h'‖² + 1)                      (peaks)
 
 A pair whose bound is below what it takes to be among the k strongest need not be multiplied. The
-result is that of multiplying all of them. Rows are looked at in strips: first by the largest norms
-of the strip, then, where that leaves much and it pays, row by row by their peaks.
+result is that of multiplying all of them. Rows are looked at in strips, by the largest norms of the
+strip; then, where that leaves much and it pays, one by one by their peaks.
 """
 
 from dataclasses import dataclass
@@ -24,21 +24,24 @@ from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.threads import Threads
 from tracin_transforms.core.top_scan import Piece
 
-# Rows that are multiplied with the same queries, at least.
-_STRIP = 32
+# Rows that norms tell apart, and rows that peaks do.
+_STRIP = 64
+_UNIT = 8
+# Bounds that are computed at a time: what stays near.
+_BOUNDS = 2**18
 # Entries of a query's error signals that are large.
 _LARGE = 4
 # Bounds are sums in float32: this much is granted for their rounding.
 _SLACK = 2.0**-18
 _TINY = 2.0**-100
 # Peaks are looked at where norms leave more than this share of a block's pairs, and go on being
-# looked at if they leave less than the other share of those; else after some blocks again.
+# looked at if they leave less than the other share; else after some blocks again.
 _OPEN_SHARE = 0.02
 _PAYS_SHARE = 0.7
 _BLOCKS_WITHOUT = 8
-# What work takes, in multiplications: that of one more piece and layer, of bringing one number of
-# a row into float32, and of copying one number of a query.
-_PIECE_COST = 3e6
+# What work takes, in operations of a matrix product: that of one more piece, for each layer and
+# checkpoint; of bringing one number of a row into float32; of copying one number of a query.
+_PIECE_COST = 2e6
 _ROW_COST = 30
 _QUERY_COST = 15
 
@@ -78,6 +81,14 @@ class RowBounds:
         return RowBounds(self.norms[selection], self.peaks.take(selection), self.rounding)
 
 
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """Rows and the queries that they are open for."""
+
+    rows: np.ndarray
+    wanted: np.ndarray
+
+
 class Pruner:
     """Chooses the pairs of blocks that are worth multiplying.
 
@@ -89,7 +100,7 @@ class Pruner:
 
     def __init__(self, queries: Queries, tile_rows: int, threads: Threads) -> None:
         self._queries = queries
-        self._tile_rows = max(_STRIP, tile_rows // _STRIP * _STRIP)
+        self._tile_rows = max(_STRIP, tile_rows)
         self._threads = threads
         block, factors = queries.block, np.abs(np.outer(queries.scales, queries.weights))
         norms = np.sqrt(squared_gradient_norms(block)) * factors[:, :, None]
@@ -101,26 +112,25 @@ class Pruner:
         self._signal_norms = _norms_of_parts(self._signals) if self._signals else None
         self._without = 0
 
-    def pieces(self, rows: RowBounds, thresholds: np.ndarray) -> list[Piece]:
+    def pieces(self, rows: RowBounds, needed: np.ndarray) -> list[Piece]:
         """Returns the pairs of a block that can still be among the strongest, in pieces.
 
         Args:
             rows: Bounds of its n rows.
-            thresholds: What the influence of a pair must reach, in size, shape [q], float64.
+            needed: What the influence of a pair must reach, in size, shape [q], float64.
         """
-        limits = self._queries.scales * thresholds * (1 - _SLACK)
+        limits = self._queries.scales * needed * (1 - _SLACK)
         starts = np.arange(0, len(rows), _STRIP)
         upper = np.maximum.reduceat(rows.norms, starts, axis=0).astype(np.float64) @ self._norms
         is_open = (upper >= limits) & (upper > 0)
+        strips = np.flatnonzero(is_open.any(axis=1))
+        in_strips = [np.arange(start, min(start + _STRIP, len(rows))) for start in starts[strips]]
         if rows.peaks.count and self._signals and is_open.mean() > _OPEN_SHARE:
-            if self._without:
-                self._without -= 1
-            else:
-                before = is_open.sum()
-                is_open &= self._open_by_peaks(rows, limits, is_open)
-                if is_open.sum() > _PAYS_SHARE * before:
-                    self._without = _BLOCKS_WITHOUT
-        return self._grouped(is_open, len(rows))
+            if not self._without:
+                return self._grouped(self._open_by_peaks(rows, np.concatenate(in_strips), limits))
+            self._without -= 1
+        units = [_Unit(at, is_open[i]) for at, i in zip(in_strips, strips, strict=True)]
+        return self._grouped(units)
 
     def _error_signals(self, factors: np.ndarray) -> list[np.ndarray]:
         """Returns |η_k| √(‖h'‖² + 1) e' of each checkpoint, shape [C, q]; none without peaks."""
@@ -137,62 +147,79 @@ class Pruner:
         return found
 
     def _open_by_peaks(
-        self, rows: RowBounds, limits: np.ndarray, is_open: np.ndarray
-    ) -> np.ndarray:
-        """Returns which strips have a row that is open by its peaks, for each query."""
-        found = np.zeros_like(is_open)
+        self, rows: RowBounds, places: np.ndarray, limits: np.ndarray
+    ) -> list[_Unit]:
+        """Returns the rows, of those at some places, that are open by their peaks.
+
+        Rows that are open for the same queries most of all lie together.
+        """
         # Below this, float32 would round a bound to nothing.
         limits = np.where(limits < _TINY, 0, limits).astype(np.float32)
-        strips = np.flatnonzero(is_open.any(axis=1))
+        step = max(_STRIP, _BOUNDS // len(self._queries))
+        parts = [places[at : at + step] for at in range(0, len(places), step)]
 
-        def look(some: np.ndarray) -> None:
-            at = (some[:, None] * _STRIP + np.arange(_STRIP)).ravel()
-            bounds = self._bounds_by_peaks(rows.rows(at[at < len(rows)]))
-            starts = np.arange(0, len(bounds), _STRIP)
-            found[some] = np.maximum.reduceat(bounds, starts, axis=0) >= limits
+        def look(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            bounds = self._bounds_by_peaks(rows.rows(part))
+            is_open = bounds >= limits
+            at = np.flatnonzero(is_open.any(axis=1))
+            return part[at], is_open[at], bounds[at].argmax(axis=1)
 
-        parts = -(-len(strips) // 8)
-        self._threads.map(look, np.array_split(strips, parts) if parts else [])
-        return found
+        found = self._threads.map(look, parts)
+        kept, is_open, strongest = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        if is_open.sum() > _PAYS_SHARE * len(places) * len(limits):
+            self._without = _BLOCKS_WITHOUT
+        order = np.argsort(strongest, kind="stable")
+        return [
+            _Unit(kept[at], np.logical_or.reduce(is_open[at], axis=0))
+            for at in np.split(order, range(_UNIT, len(order), _UNIT))
+            if len(at)
+        ]
 
     def _bounds_by_peaks(self, rows: RowBounds) -> np.ndarray:
         """Returns the bound of each row and query, shape [n, q], float32."""
         n, peaks = len(rows), rows.peaks
-        bounds: np.ndarray | None = None
-        ends = np.arange(0, (n + 1) * peaks.count, peaks.count, dtype=np.int32)[: n + 1]
+        ends = np.arange(0, n * peaks.count + 1, peaks.count, dtype=np.int32)
+        # Rounding changes e by at most a share of its norm, and h by at most a share of itself.
+        rounded = np.float32(rows.rounding) * rows.norms
+        bounds: np.ndarray = np.hstack([peaks.next, peaks.rests, rounded]) @ self._signal_norms
         for k, signals in enumerate(self._signals):
             entries = (peaks.values[:, k].ravel(), peaks.classes[:, k].ravel(), ends)
             products = csr_array(entries, shape=(n, len(signals))) @ signals
-            np.abs(products, out=products)
-            bounds = products if bounds is None else np.add(bounds, products, out=bounds)
-        assert bounds is not None
-        # Rounding changes e by at most a share of its norm, and h by at most a share of itself.
-        rounded = np.float32(rows.rounding) * rows.norms
-        bounds += np.hstack([peaks.next, peaks.rests, rounded]) @ self._signal_norms
+            bounds += np.abs(products, out=products)
         bounds *= np.float32(1 + rows.rounding + _SLACK)
         return bounds
 
-    def _grouped(self, is_open: np.ndarray, n: int) -> list[Piece]:
-        """Returns pieces with all open pairs; strips share one where that is cheaper."""
-        groups: list[tuple[int, int, np.ndarray]] = []
-        for i in np.flatnonzero(is_open.any(axis=1)).tolist():
-            start, stop, wanted = i * _STRIP, min(n, (i + 1) * _STRIP), is_open[i]
+    def _grouped(self, units: list[_Unit]) -> list[Piece]:
+        """Returns pieces with all pairs of units; those side by side share one if it pays."""
+        groups: list[tuple[list[np.ndarray], int, np.ndarray, float]] = []
+        for unit in units:
+            rows, wanted = len(unit.rows), unit.wanted
+            cost = self._cost(rows, wanted)
             if groups:
-                begun, ended, others = groups[-1]
-                both = wanted | others
-                apart = self._cost(ended - begun, others) + self._cost(stop - start, wanted)
-                if stop - begun <= self._tile_rows and self._cost(stop - begun, both) <= apart:
-                    groups[-1] = begun, stop, both
+                others, count, known, cost_before = groups[-1]
+                both = wanted | known
+                together = self._cost(count + rows, both)
+                if count + rows <= self._tile_rows and together <= cost_before + cost:
+                    groups[-1] = ([*others, unit.rows], count + rows, both, together)
                     continue
-            groups.append((start, stop, wanted))
+            groups.append(([unit.rows], rows, wanted, cost))
         columns = self._queries.columns
-        return [Piece(slice(start, stop), columns(wanted)) for start, stop, wanted in groups]
+        return [
+            Piece(_as_slice(np.concatenate(rows)), columns(wanted)) for rows, _, wanted, _ in groups
+        ]
 
     def _cost(self, rows: int, wanted: np.ndarray) -> float:
-        """Returns what a piece takes, in multiplications."""
+        """Returns what a piece takes, in operations of a matrix product."""
         columns = int(np.count_nonzero(wanted))
         numbers = rows * (2 * columns + _ROW_COST) + columns * _QUERY_COST
         return self._parts * _PIECE_COST + numbers * self._numbers
+
+
+def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
+    """Returns rows as a slice where they follow each other: that need not be copied."""
+    if rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def _norms_of_parts(signals: list[np.ndarray]) -> np.ndarray:

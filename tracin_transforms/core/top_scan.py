@@ -68,17 +68,24 @@ class Piece:
     """Pairs that are scored together: some rows of a block with some queries.
 
     Attributes:
-        rows: Of the block.
+        rows: Of the block; a slice has a beginning and an end.
         columns: Indices of the queries, rising.
     """
 
-    rows: slice
+    rows: slice | np.ndarray
     columns: np.ndarray
+
+    @property
+    def places(self) -> np.ndarray:
+        """The rows' numbers in the block."""
+        if isinstance(self.rows, slice):
+            return np.arange(self.rows.start, self.rows.stop)
+        return self.rows
 
     @property
     def pairs(self) -> int:
         """How many they are."""
-        return (self.rows.stop - self.rows.start) * len(self.columns)
+        return len(self.places) * len(self.columns)
 
 
 class TopScan:
@@ -204,7 +211,7 @@ class TopScan:
             found.append(
                 Candidates.of_scores(
                     len(self._blocks),
-                    piece.rows.start,
+                    piece.places,
                     columns,
                     sign * scores[:, at],
                     limit[columns],

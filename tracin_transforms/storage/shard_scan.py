@@ -61,7 +61,7 @@ def scan_shard(
         if pruner is None or bounds is None:
             return True
         at = bounds.rows(file.rows_of(number))
-        planned[number] = pruner.pieces(at, scan.thresholds.lower)
+        planned[number] = pruner.pieces(at, scan.needed)
         return bool(planned[number])
 
     for number, block in shard.packed_blocks(checkpoint_ids, is_wanted):

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint bench
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is
@@ -19,6 +19,9 @@ lint: $(INSTALLED)  ## Check lint, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: $(INSTALLED)  ## Compare scoring with bare limits: make bench DATA=dir WORK=dir
+	$(VENV)/bin/python benchmarks/influence.py $(DATA) $(WORK)
 
 $(INSTALLED): pyproject.toml setup.py
 	@if command -v uv >/dev/null 2>&1; then \

@@ -1,4 +1,4 @@
-"""What the benchmarks share: measured commands, and the bare forward passes beside them."""
+"""What the benchmarks share: measured commands, and bare forward passes and reads beside them."""
 
 import argparse
 import json
@@ -7,13 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+
+from tracin_transforms.storage.factor_shard import StoredShard
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 TRACIN = Path(sys.executable).with_name("tracin")
@@ -61,6 +63,56 @@ def tracin(job: str, output: Path, *arguments: str) -> tuple[Measured, float]:
     measured = measure([str(TRACIN), job, *arguments, "--output", str(output), "--overwrite"])
     manifest = json.loads((output / "manifest.json").read_text())
     return measured, manifest["summary"]["seconds"]
+
+
+def line(what: str, found: float, form: str, most: float = np.inf, least: float = -np.inf) -> None:
+    """Prints one line of the table: a figure and its goal, if it has one."""
+    goal = f"<= {most:{form}}" if most < np.inf else f">= {least:{form}}" if least > 0 else ""
+    verdict = "" if not goal else "met" if least <= found <= most else "MISSED"
+    print(f"{what:<72} {format(found, form):>10}  {goal:<10} {verdict}".rstrip(), flush=True)
+
+
+def beam_options(processes: int) -> list[str]:
+    """Returns the options of tracin for a number of worker processes."""
+    if processes < 2:
+        return []
+    return ["--direct_running_mode=multi_processing", f"--direct_num_workers={processes}"]
+
+
+def size_of(directory: Path) -> int:
+    """Returns the bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def warm(shards: list[StoredShard]) -> None:
+    """Brings the factor files into the page cache."""
+    bare(shards)
+
+
+def drop(shards: list[StoredShard]) -> None:
+    """Takes the factor files out of the page cache."""
+    for shard in shards:
+        with open(shard.paths.factors, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bare(shards: list[StoredShard]) -> None:
+    """Reads the record batches of shards into one buffer, and nothing else."""
+    for _ in bare_reads(shards):
+        pass
+
+
+def bare_reads(shards: list[StoredShard]) -> Iterator[tuple[StoredShard, memoryview]]:
+    """Reads the record batches of shards into one buffer; yields its filled part."""
+    largest = max(batch.size for shard in shards for batch in shard.sidecar.file.batches)
+    buffer = memoryview(bytearray(largest))
+    for shard in shards:
+        with open(shard.paths.factors, "rb", buffering=0) as file:
+            for batch in shard.sidecar.file.batches:
+                file.seek(batch.start)
+                assert file.readinto(buffer[: batch.size]) == batch.size
+                yield shard, buffer[: batch.size]
 
 
 def spec(path: Path) -> str:

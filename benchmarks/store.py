@@ -23,7 +23,22 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import TRACIN, Measured, measure, parser, spec, tracin, train_mnist
+from measure import (
+    TRACIN,
+    Measured,
+    bare,
+    bare_reads,
+    beam_options,
+    drop,
+    line,
+    measure,
+    parser,
+    size_of,
+    spec,
+    tracin,
+    train_mnist,
+    warm,
+)
 from mnist import QUERIES, K, network, reference_scores
 
 from tracin_transforms.core.factors import FactorBlock, GradientFactors, LayerFactors
@@ -47,11 +62,11 @@ def main() -> None:
     found = parser(__doc__, "mnist", "work")
     found.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     found.add_argument("--rows", type=int, default=200_000, help="of the larger synthetic store")
-    found.add_argument("--job", nargs=2, help="for itself: a job and its number of rows")
+    found.add_argument("--job", nargs=2, help="for itself: a job and its number")
     options = found.parse_args()
     if options.job:
-        job, rows = options.job
-        print(json.dumps(JOBS[job](options.work, int(rows))), flush=True)
+        job, number = options.job
+        print(json.dumps(JOBS[job](options.work, int(number))), flush=True)
         return
     options.work.mkdir(parents=True, exist_ok=True)
     print(
@@ -71,16 +86,9 @@ def main() -> None:
         shutil.rmtree(options.work / "synthetic", ignore_errors=True)
 
 
-def line(what: str, found: float, form: str, most: float = np.inf, least: float = -np.inf) -> None:
-    """Prints one line of the table: a figure and its goal, if it has one."""
-    goal = f"<= {most:{form}}" if most < np.inf else f">= {least:{form}}" if least > 0 else ""
-    verdict = "" if not goal else "met" if least <= found <= most else "MISSED"
-    print(f"{what:<72} {format(found, form):>10}  {goal:<10} {verdict}".rstrip(), flush=True)
-
-
-def run_job(job: str, work: Path, rows: int = 0) -> tuple[dict[str, float], Measured]:
+def run_job(job: str, work: Path, number: int = 0) -> tuple[dict[str, float], Measured]:
     """Runs one of `JOBS` in a process of its own; returns what it printed and what it took."""
-    command = [sys.executable, __file__, ".", str(work), "--job", job, str(rows)]
+    command = [sys.executable, __file__, ".", str(work), "--job", job, str(number)]
     measured = measure(command)
     return json.loads(measured.output.splitlines()[-1]), measured
 
@@ -125,14 +133,19 @@ def report_mnist(work: Path) -> None:
     report_exactness(work)
 
 
-def null_job(work: Path) -> tuple[float, float]:
+def null_job(work: Path, processes: int = 1) -> tuple[float, float]:
     """Returns seconds of the process and pipeline of a job over the store that does nothing."""
-    found, measured = run_job("nothing", work)
+    found, measured = run_job("nothing", work, processes)
     return measured.seconds, found["seconds"]
 
 
-def nothing(work: Path, _: int) -> dict[str, float]:
-    """Imports what a job over a store imports, and runs a pipeline without work."""
+def nothing(work: Path, processes: int) -> dict[str, float]:
+    """Imports what a job over a store imports, and runs a pipeline without work.
+
+    Args:
+        work: For what it notes.
+        processes: Of its workers.
+    """
     import apache_beam as beam
 
     import pipelines.self_influence  # noqa: F401
@@ -145,7 +158,7 @@ def nothing(work: Path, _: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=work) as directory:
         notes = JobNotes(Path(directory))
         notes.create()
-        return {"seconds": run_pipeline(build, [], Progress(notes, None))}
+        return {"seconds": run_pipeline(build, beam_options(processes), Progress(notes, None))}
 
 
 def extract(store: Path, common: list[str]) -> tuple[float, float]:
@@ -164,7 +177,7 @@ def report_size(work: Path) -> None:
     rows = sum(sidecar.count for sidecar in sidecars)
     layers = next(iter(sidecars)).layout.layers
     bare = 2 * sum(layer.activations[0] + layer.error_signals[0] for layer in layers)
-    size = sum(path.stat().st_size for path in (work / "store").rglob("*") if path.is_file())
+    size = size_of(work / "store")
     line("bytes per example", size / rows, ",.0f")
     line(f"bytes per example / 2K(C+d) = {bare:,}", size / rows / bare, ".3f", most=1.05)
 
@@ -226,37 +239,6 @@ def report_reading(work: Path) -> None:
         ):
             ratio = median(np.divide(seconds[limit], seconds[read]))
             line(f"{state}: {read.__name__}, speed of {limit.__name__}", ratio, ".2f", least=goal)
-
-
-def warm(shards: list[StoredShard]) -> None:
-    """Brings the factor files into the page cache."""
-    bare(shards)
-
-
-def drop(shards: list[StoredShard]) -> None:
-    """Takes the factor files out of the page cache."""
-    for shard in shards:
-        with open(shard.paths.factors, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def bare(shards: list[StoredShard]) -> None:
-    """Reads the record batches of shards into one buffer, and nothing else."""
-    for _ in bare_reads(shards):
-        pass
-
-
-def bare_reads(shards: list[StoredShard]) -> Iterator[tuple[StoredShard, memoryview]]:
-    """Reads the record batches of shards into one buffer; yields its filled part."""
-    largest = max(size for shard in shards for _, size in shard.sidecar.file.batches)
-    buffer = memoryview(bytearray(largest))
-    for shard in shards:
-        with open(shard.paths.factors, "rb", buffering=0) as file:
-            for start, size in shard.sidecar.file.batches:
-                file.seek(start)
-                assert file.readinto(buffer[:size]) == size
-                yield shard, buffer[:size]
 
 
 def bare_unpacked(shards: list[StoredShard]) -> None:

@@ -4,11 +4,17 @@ Rows scored side by side need no locks, and what surrounds a matrix product (con
 comparisons) is shared out with it; BLAS's own threads would take part in the product alone.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 from threadpoolctl import threadpool_limits
+
+_SWITCH_SECONDS = 1e-4
+# Below this, threads wait for each other between array operations longer than they work.
+_FEWEST_OPERATIONS = 3e8
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -17,7 +23,8 @@ B = TypeVar("B")
 class Threads:
     """A number of threads.
 
-    From the first on that is made, BLAS works with one thread in this process.
+    From the first on that is made, BLAS works with one thread in this process, and threads hand
+    over the interpreter at once: they hold it for the moments between array operations only.
 
     Args:
         count: How many, usually cores / worker processes.
@@ -25,12 +32,21 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         threadpool_limits(1, "blas")
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self.count = count
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
 
-    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """Returns the function's result for each item, in order; the first error is raised."""
-        if self._pool is None:
+    def map(
+        self, function: Callable[[A], B], items: Iterable[A], operations: float = np.inf
+    ) -> list[B]:
+        """Returns the function's result for each item, in order; the first error is raised.
+
+        Args:
+            function: What is done.
+            items: With what.
+            operations: About how many all of it takes; few are not worth a second thread.
+        """
+        if self._pool is None or operations < _FEWEST_OPERATIONS:
             return [function(item) for item in items]
         return list(self._pool.map(function, items))
 

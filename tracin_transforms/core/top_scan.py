@@ -33,6 +33,10 @@ _ROWS = 32
 # Small blocks are held until they are so many bytes: what is strong in one of them may be weak
 # beside the next, and need not be computed again.
 _HELD_BYTES = 32 * 2**20
+# What it takes to bring a number of a row into float32, and to compute a pair again for each of its
+# numbers; in operations of a matrix product.
+_ROW_COST = 30
+_PAIR_COST = 40
 # Pairs that one thread computes again at a time.
 _PAIRS = 4096
 # Pairs that were computed again wait until they are this share of what is known already.
@@ -150,7 +154,9 @@ class TopScan:
         margin = self._margin_of(largest)
         limits = [(reach - margin).astype(np.float32) for reach in self._reach]
         score = partial(self._score, block, limits, margin)
-        scored = self._threads.map(score, pieces)
+        numbers = self._numbers * len(self._queries.weights)
+        operations = numbers * sum(_ROW_COST * len(p.places) + 2 * p.pairs for p in pieces)
+        scored = self._threads.map(score, pieces, operations)
         self._margin = np.maximum(self._margin, margin)
         for end, parts in enumerate(zip(*scored, strict=True)):
             found = self._found[end].joined(parts)
@@ -232,7 +238,9 @@ class TopScan:
                 for at in range(start, stop, _PAIRS):
                     part = found.take(np.arange(at, min(at + _PAIRS, stop)))
                     groups.append((sign, block, part))
-        self._new += self._threads.map(lambda group: self._exact(*group), groups)
+        pairs = sum(len(found) for _, _, found in groups)
+        operations = _PAIR_COST * pairs * self._numbers * len(self._queries.weights)
+        self._new += self._threads.map(lambda group: self._exact(*group), groups, operations)
         self._blocks, self._found = [], [Candidates.none(), Candidates.none()]
         self._margin = np.zeros(len(self._queries))
         known = len(self._best.proponents) + len(self._best.opponents)

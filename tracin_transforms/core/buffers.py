@@ -19,6 +19,7 @@ class Buffers:
         self._keep = keep
         # Appending and popping are atomic: a buffer may come back in any thread, at any time.
         self._free: list[np.ndarray] = []
+        self._given: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
 
     def take(self, size: int) -> np.ndarray:
         """Returns bytes of that number, with any content."""
@@ -30,9 +31,12 @@ class Buffers:
                 memory = np.empty(size, np.uint8)
         # Not a plain slice, which would be a view of `memory`; views of it hold this object.
         given = np.frombuffer(memory.data, np.uint8, size)
-        weakref.finalize(given, self._give_back, memory).atexit = False
+        # A bare reference: `weakref.finalize` takes longer than some of what is done here.
+        reference = weakref.ref(given, self._give_back)
+        self._given[id(reference)] = (reference, memory)
         return given
 
-    def _give_back(self, memory: np.ndarray) -> None:
+    def _give_back(self, reference: "weakref.ref[np.ndarray]") -> None:
+        _, memory = self._given.pop(id(reference))
         if len(self._free) < self._keep:
             self._free.append(memory)

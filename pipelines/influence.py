@@ -59,10 +59,7 @@ def run(options: argparse.Namespace, beam_args: Sequence[str] = ()) -> str:
         return done
     with staged_output(output) as staging, training.ready() as ready:
         job = _Job(options, beam_args, ready, asked, rescoring, staging)
-        passes = [
-            job.pass_over(queries, staging.work / f"pass-{i:05d}")
-            for i, queries in enumerate(_groups(asked, ready, options))
-        ]
+        passes = [job.pass_over(group) for group in job.groups()]
         count, bad = ready.finished(passes[0].notes)
         check_any(count)
         parts = [found.directory for found in passes]
@@ -123,23 +120,29 @@ class _Pass:
     rescoring_seconds: float = 0.0
 
 
-def _groups(asked: Asked, ready: Training, options: argparse.Namespace) -> Iterator[FactorBlock]:
-    """Yields the queries of each pass.
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Queries of one pass, in files: in memory they are once, in each worker process.
 
-    Raises:
-        InputError: They are more than one pass has room for, and each pass would compute the
-            training examples' factors anew.
+    Attributes:
+        work: Directory of the pass.
+        count: Number of queries.
+        without_gradient: How many of them have no gradient.
     """
-    found = groups(asked.blocks(), kept_of_each(options))
-    yield next(found)
-    for group in found:
-        if isinstance(ready, FromExamples):
-            raise InputError(
-                f"--queries {options.queries!r} with --k {options.k}: more than memory has room "
-                "for in one pass over the training examples: store their gradient factors first, "
-                "with 'tracin extract', and ask with --store, which takes queries in groups"
-            )
-        yield group
+
+    work: AnyPath
+    count: int
+    without_gradient: int
+
+    @property
+    def asked(self) -> AnyPath:
+        """File with the gradient factors that are asked about, as the store has its own."""
+        return self.work / "queries.npz"
+
+    @property
+    def exact(self) -> AnyPath:
+        """File with the gradient factors themselves, where they are to be scored again."""
+        return self.work / "exact.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,32 +165,63 @@ class _Job:
     rescoring: Rescoring | None
     staging: Staging
 
-    def pass_over(self, queries: FactorBlock, work: AnyPath) -> _Pass:
-        """Makes a pass for some queries, with their gradient factors as `Asked` gives them."""
-        notes = JobNotes(work / "notes")
-        notes.create()
+    def groups(self) -> Iterator[_Group]:
+        """Yields the queries of each pass.
+
+        Raises:
+            InputError: They are more than one pass has room for, and each pass would compute the
+                training examples' factors anew.
+        """
+        found = groups(self.asked.blocks(), kept_of_each(self.options))
+        if isinstance(self.ready, FromExamples):
+            found = self._only_one(found)
+        for i, queries in enumerate(found):
+            group = self._written(queries, self.staging.work / f"pass-{i:05d}")
+            del queries
+            yield group
+
+    def _only_one(self, found: Iterator[FactorBlock]) -> Iterator[FactorBlock]:
+        first = next(found)
+        if next(found, None) is not None:
+            raise InputError(
+                f"--queries {self.options.queries!r} with --k {self.options.k}: more than memory "
+                "has room for in one pass over the training examples: store their gradient factors "
+                "first, with 'tracin extract', and ask with --store, which takes queries in groups"
+            )
+        yield first
+
+    def _written(self, queries: FactorBlock, work: AnyPath) -> _Group:
+        work.mkdir(parents=True, exist_ok=True)
         # On a query without gradient nothing has influence: it need not be asked, if others are.
         has_gradient = Queries.prepare(queries, self.ready.weights).with_gradient
+        group = _Group(work, len(queries), int((~has_gradient).sum()))
         some = queries.rows(has_gradient) if has_gradient.any() else queries
-        write_factor_block(work / "queries.npz", self.asked.as_stored(some))
-        question = Question(
-            work / "queries.npz",
-            self.ready.weights,
-            kept_of_each(self.options),
-            threads_per_process(self.beam_args),
-        )
+        write_factor_block(group.asked, self.asked.as_stored(some))
+        if self.rescoring is not None:
+            write_factor_block(group.exact, some)
+        return group
+
+    def pass_over(self, group: _Group) -> _Pass:
+        """Makes a pass for a group of queries."""
+        work = group.work
+        notes = JobNotes(work / "notes")
+        notes.create()
+        kept, threads = kept_of_each(self.options), threads_per_process(self.beam_args)
+        question = Question(group.asked, self.ready.weights, kept, threads)
         timeout = self.options.shard_timeout
         progress = Progress(notes, self.ready.count, shard_seconds=timeout)
         seconds = run_pipeline(
             lambda pipeline: self._build(pipeline, question, work, notes), self.beam_args, progress
         )
-        without = int((~has_gradient).sum())
-        found = _Pass(work, notes, len(queries), without, read_pairs(work), seconds)
+        pairs = read_pairs(work)
+        found = _Pass(work, notes, group.count, group.without_gradient, pairs, seconds)
         if self.rescoring is None:
             return found
-        again = work / "again"
-        pairs, seconds = self.rescoring.run(some, question, again, self.beam_args)
-        return replace(found, directory=again, rescored_pairs=pairs, rescoring_seconds=seconds)
+        again = replace(question, queries=group.exact, k=self.options.k)
+        pairs, seconds = self.rescoring.run(again, work, self.beam_args)
+        return replace(
+            found, directory=work / "again", rescored_pairs=pairs, rescoring_seconds=seconds
+        )
 
     def _build(
         self, pipeline: beam.Pipeline, question: Question, work: AnyPath, notes: JobNotes

@@ -122,10 +122,18 @@ def groups(blocks: Iterator[FactorBlock], k: int) -> Iterator[FactorBlock]:
             waiting.append(block.rows(slice(0, room)))
             block = block.rows(slice(room, None))
             if len(block):
-                yield concatenate_blocks(waiting)
-                waiting = []
+                yield _taken(waiting)
+        # A group is not held here while it is asked for.
+        del block
     if waiting:
-        yield concatenate_blocks(waiting)
+        yield _taken(waiting)
+
+
+def _taken(waiting: list[FactorBlock]) -> FactorBlock:
+    """Returns the rows of all blocks, and takes these out of the list."""
+    joined = concatenate_blocks(waiting)
+    waiting.clear()
+    return joined
 
 
 def _bytes_per_query(block: FactorBlock, k: int) -> int:

@@ -17,8 +17,7 @@ from tracin_transforms.beam.influence import (
     read_pairs,
 )
 from tracin_transforms.core.errors import InputError
-from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.storage.factor_file import write_factor_block
+from tracin_transforms.storage.factor_file import read_factor_block
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.job_notes import JobNotes
@@ -50,15 +49,15 @@ class Rescoring:
         }
 
     def run(
-        self, queries: FactorBlock, first: Question, work: AnyPath, beam_args: Sequence[str]
+        self, question: Question, found: AnyPath, beam_args: Sequence[str]
     ) -> tuple[int, float]:
         """Scores a shortlist, and writes the strongest of it as `WriteInfluence` does.
 
+        The result goes to a directory ``again`` beside the shortlist.
+
         Args:
-            queries: The queries that the first stage was asked about, with the gradient factors
-                themselves.
-            first: The question of the first stage, whose result lies beside its queries.
-            work: Directory for the result, made anew.
+            question: With the gradient factors themselves of the queries of the first stage.
+            found: Directory of the first stage's result.
             beam_args: Beam's options.
 
         Returns:
@@ -67,11 +66,9 @@ class Rescoring:
         Raises:
             InputError: The store lacks an example of the shortlist.
         """
+        work = found / "again"
         notes = JobNotes(work / "notes")
         notes.create()
-        write_factor_block(work / "queries.npz", queries)
-        question = Question(work / "queries.npz", first.weights, self.options.k, first.threads)
-        found = first.queries.parent
 
         def build(pipeline: beam.Pipeline) -> None:
             names = [shard.name for shard in self.store.description.shards]
@@ -81,7 +78,7 @@ class Rescoring:
 
         progress = Progress(notes, self.count, shard_seconds=self.options.shard_timeout)
         seconds = run_pipeline(build, beam_args, progress)
-        shortlist = Shortlist.read(found, queries)
+        shortlist = Shortlist.read(found, read_factor_block(question.queries))
         if read_pairs(work) < len(shortlist):
             missing = lacking(self.store, shortlist.example_ids).tolist()
             raise InputError(

@@ -44,10 +44,18 @@ class Question:
     weights: np.ndarray
     k: int
     threads: int = 1
+    _shared: Shared = dataclasses.field(default_factory=Shared, init=False)
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k is {self.k}, expected at least 1")
+
+    def load(self) -> Queries:
+        """Returns the queries, which all steps of a process have in common."""
+        queries: Queries = self._shared.acquire(
+            lambda: Queries.prepare(read_factor_block(self.queries), self.weights)
+        )
+        return queries
 
 
 @dataclasses.dataclass(eq=False)
@@ -179,14 +187,10 @@ class _WithQueries(beam.DoFn):
 
     def __init__(self, question: Question) -> None:
         self._question = question
-        self._shared = Shared()
 
     def setup(self) -> None:
-        question = self._question
-        self._queries: Queries = self._shared.acquire(
-            lambda: Queries.prepare(read_factor_block(question.queries), question.weights)
-        )
-        self._threads = Threads(question.threads)
+        self._queries = self._question.load()
+        self._threads = Threads(self._question.threads)
 
     def teardown(self) -> None:
         self._threads.close()

@@ -1,7 +1,7 @@
 """Pairs whose scores in float32 say that they may be among the k strongest of their query."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -34,7 +34,6 @@ class Candidates:
     @classmethod
     def of_scores(
         cls,
-        block: int,
         places: np.ndarray,
         columns: np.ndarray,
         scores: np.ndarray,
@@ -42,13 +41,12 @@ class Candidates:
         margin: np.ndarray,
         k: int,
     ) -> "Candidates":
-        """Returns the pairs whose scores are above the limit of their query.
+        """Returns the pairs of one block whose scores are above the limit of their query.
 
         Where they are many, those that k others of the query surpass by twice the margin are left
         out: the k-th best is itself off by up to the margin.
 
         Args:
-            block: Number of the block.
             places: Row in the block of each row of the scores, shape [n].
             columns: Index of each of c queries.
             scores: Shape [n, c], float32.
@@ -62,7 +60,11 @@ class Candidates:
             kth = np.partition(scores, place, axis=0)[place].astype(np.float64)
             passing &= scores >= (kth - 2 * margin).astype(np.float32)
         rows, at = np.nonzero(passing)
-        return cls(np.full(len(rows), block), places[rows], columns[at], scores[rows, at])
+        return cls(np.zeros(len(rows), np.int64), places[rows], columns[at], scores[rows, at])
+
+    def of_block(self, number: int) -> "Candidates":
+        """Returns these pairs as those of a block."""
+        return replace(self, blocks=np.full(len(self), number))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -25,7 +25,7 @@ _BUDGET_BYTES = 64 * 2**20
 # What is gathered at a time of chosen pairs: it is gone through several times, and stays near.
 _PAIR_BYTES = 4 * 2**20
 # Each thread that scores has some arrays in hand at a time.
-_PRODUCTS = Buffers(32)
+_PRODUCTS = Buffers(12)
 
 
 def all_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:

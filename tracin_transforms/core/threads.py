@@ -36,19 +36,29 @@ class Threads:
         self.count = count
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
 
-    def map(
+    def start(
         self, function: Callable[[A], B], items: Iterable[A], operations: float = np.inf
-    ) -> list[B]:
-        """Returns the function's result for each item, in order; the first error is raised.
+    ) -> Callable[[], list[B]]:
+        """Begins to do something with each item, while the caller does something else.
 
         Args:
             function: What is done.
             items: With what.
-            operations: About how many all of it takes; few are not worth a second thread.
+            operations: About how many all of it takes; few are done at once, as they are not
+                worth a second thread.
+
+        Returns:
+            What waits, and gives the results in order; it raises the first error.
         """
         if self._pool is None or operations < _FEWEST_OPERATIONS:
-            return [function(item) for item in items]
-        return list(self._pool.map(function, items))
+            done = [function(item) for item in items]
+            return lambda: done
+        futures = [self._pool.submit(function, item) for item in items]
+        return lambda: [future.result() for future in futures]
+
+    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """Returns the function's result for each item, in order; the first error is raised."""
+        return self.start(function, items)()
 
     def close(self) -> None:
         """Ends the threads."""

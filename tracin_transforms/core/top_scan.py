@@ -6,7 +6,7 @@ float32 factors, however the rows were put into blocks. As the k strongest becom
 pairs need to be looked at twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -38,7 +38,10 @@ _HELD_BYTES = 32 * 2**20
 _ROW_COST = 30
 _PAIR_COST = 40
 # Pairs that one thread computes again at a time.
-_PAIRS = 4096
+_PAIRS = 1024
+# Where a block has fewer candidates than this share of what is sought, what is known hardly
+# changes: the next block need not wait for it.
+_FEW_SHARE = 0.05
 # Pairs that were computed again wait until they are this share of what is known already.
 _NEW_SHARE = 0.25
 
@@ -111,6 +114,9 @@ class TopScan:
         self._floor = Thresholds.none(len(queries)) if floor is None else floor
         self._best = TopInfluences.empty(queries.block, k)
         self._new: list[InfluenceRows] = []
+        self._exact_pairs: Callable[[], list[InfluenceRows]] = list
+        self._scored: Callable[[], None] | None = None
+        self._is_steady = False
         self._reach = self._scaled(self._floor)
         self._blocks: list[Rows] = []
         self._found = [Candidates.none(), Candidates.none()]
@@ -120,6 +126,8 @@ class TopScan:
     @property
     def needed(self) -> np.ndarray:
         """What the influence of a pair must reach, in size, to matter still; shape [q]."""
+        if not self._is_steady:
+            self._take_scored()
         found: np.ndarray = np.minimum(*self._reach) / self._queries.scales
         return found
 
@@ -151,29 +159,48 @@ class TopScan:
             return
         if largest is None:
             largest = absolute_gradient_norms(block.rows(slice(None))).max(axis=0)
+        if not self._is_steady:
+            self._take_scored()
         margin = self._margin_of(largest)
         limits = [(reach - margin).astype(np.float32) for reach in self._reach]
         score = partial(self._score, block, limits, margin)
         numbers = self._numbers * len(self._queries.weights)
         operations = numbers * sum(_ROW_COST * len(p.places) + 2 * p.pairs for p in pieces)
-        scored = self._threads.map(score, pieces, operations)
+        scored = self._threads.start(score, pieces, operations)
+        self._pairs += sum(piece.pairs for piece in pieces)
+        # While threads score this block, the one before is seen to, if it has not been yet.
+        self._take_scored()
+        self._scored = partial(self._take, block, margin, scored)
+
+    def top(self) -> TopInfluences:
+        """Returns the strongest pairs of all blocks so far."""
+        self._take_scored()
+        self._settle()
+        self._merge()
+        return self._best.sorted(self._pairs)
+
+    def _take_scored(self) -> None:
+        if self._scored is not None:
+            self._scored()
+            self._scored = None
+
+    def _take(
+        self, block: Rows, margin: np.ndarray, scored: Callable[[], list[list[Candidates]]]
+    ) -> None:
+        """Takes the candidates of a block, and holds it for them."""
+        number = len(self._blocks)
         self._margin = np.maximum(self._margin, margin)
-        for end, parts in enumerate(zip(*scored, strict=True)):
-            found = self._found[end].joined(parts)
+        for end, parts in enumerate(zip(*scored(), strict=True)):
+            found = self._found[end].joined([part.of_block(number) for part in parts])
             if found.are_many(self._k, len(self._queries)):
                 found, reached = found.strongest(self._k, self._margin)
                 self._reach[end] = np.maximum(self._reach[end], reached)
             self._found[end] = found
-        self._pairs += sum(piece.pairs for piece in pieces)
         self._blocks.append(block)
+        few = _FEW_SHARE * self._k * len(self._queries)
+        self._is_steady = sum(len(part) for piece in scored() for part in piece) < few
         if sum(block.nbytes for block in self._blocks) > _HELD_BYTES:
             self._settle()
-
-    def top(self) -> TopInfluences:
-        """Returns the strongest pairs of all blocks so far."""
-        self._settle()
-        self._merge()
-        return self._best.sorted(self._pairs)
 
     def _tiles(self, block: Rows) -> list[Piece]:
         """Returns pieces with all pairs of a block."""
@@ -216,7 +243,6 @@ class TopScan:
             columns = piece.columns[at]
             found.append(
                 Candidates.of_scores(
-                    len(self._blocks),
                     piece.places,
                     columns,
                     sign * scores[:, at],
@@ -228,7 +254,7 @@ class TopScan:
         return found
 
     def _settle(self) -> None:
-        """Computes the candidates' influence in float64, and lets go of their blocks."""
+        """Begins to compute the candidates' influence in float64, and lets go of their blocks."""
         groups: list[tuple[int, Rows, Candidates]] = []
         for sign, found in zip((1, -1), self._found, strict=True):
             found = found.strongest(self._k, self._margin)[0]
@@ -240,15 +266,21 @@ class TopScan:
                     groups.append((sign, block, part))
         pairs = sum(len(found) for _, _, found in groups)
         operations = _PAIR_COST * pairs * self._numbers * len(self._queries.weights)
-        self._new += self._threads.map(lambda group: self._exact(*group), groups, operations)
+        before = self._exact_pairs
+        self._exact_pairs = self._threads.start(self._exact, groups, operations)
         self._blocks, self._found = [], [Candidates.none(), Candidates.none()]
         self._margin = np.zeros(len(self._queries))
+        self._new += before()
+        if not self._is_steady:
+            self._new += self._exact_pairs()
+            self._exact_pairs = list
         known = len(self._best.proponents) + len(self._best.opponents)
         if sum(map(len, self._new)) > _NEW_SHARE * known:
             self._merge()
 
-    def _exact(self, sign: int, block: Rows, found: Candidates) -> InfluenceRows:
-        """Returns candidates with their influence in float64, if it is of the sign."""
+    def _exact(self, group: tuple[int, Rows, Candidates]) -> InfluenceRows:
+        """Returns a block's candidates with their influence in float64, if it is of the sign."""
+        sign, block, found = group
         rows, places = np.unique(found.rows, return_inverse=True)
         part = block.rows(rows)
         queries = self._queries
@@ -263,6 +295,8 @@ class TopScan:
         return pairs.take(np.flatnonzero(sign * pairs.influence > 0))
 
     def _merge(self) -> None:
+        self._new += self._exact_pairs()
+        self._exact_pairs = list
         if not self._new:
             return
         first, *more = self._new

@@ -22,7 +22,7 @@ from tracin_transforms.core.half_precision import pack_rows, unpack_rows
 FLOAT16, FLOAT32 = "float16", "float32"
 
 # Some threads have an array each, and are about to have another.
-_UNPACKED = Buffers(16)
+_UNPACKED = Buffers(6)
 
 
 @dataclass(frozen=True)

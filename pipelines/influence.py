@@ -34,7 +34,7 @@ from tracin_transforms.beam.influence import (
 from tracin_transforms.beam.store import ReadFactors
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.core.queries import Queries
+from tracin_transforms.core.influence import absolute_gradient_norms, with_gradient
 from tracin_transforms.storage.factor_file import write_factor_block
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.job_notes import JobNotes
@@ -193,7 +193,7 @@ class _Job:
     def _written(self, queries: FactorBlock, work: AnyPath) -> _Group:
         work.mkdir(parents=True, exist_ok=True)
         # On a query without gradient nothing has influence: it need not be asked, if others are.
-        has_gradient = Queries.prepare(queries, self.ready.weights).with_gradient
+        has_gradient = with_gradient(absolute_gradient_norms(queries), self.ready.weights)
         group = _Group(work, len(queries), int((~has_gradient).sum()))
         some = queries.rows(has_gradient) if has_gradient.any() else queries
         write_factor_block(group.asked, self.asked.as_stored(some))

@@ -278,6 +278,8 @@ def concatenate_blocks(blocks: Sequence[FactorBlock]) -> FactorBlock:
     if not blocks:
         raise ValueError("expected at least one block")
     first = blocks[0]
+    if len(blocks) == 1:
+        return first
     if any(block.checkpoint_ids != first.checkpoint_ids for block in blocks):
         raise ValueError("expected blocks of the same checkpoints")
     return replace(

@@ -193,6 +193,20 @@ def magnification(query_norms: np.ndarray) -> np.ndarray:
     return np.exp2(np.minimum(-exponents, _LARGEST_EXPONENT))
 
 
+def with_gradient(query_norms: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns which queries have a gradient other than 0; on the others nothing has influence.
+
+    Args:
+        query_norms: What `absolute_gradient_norms` gives for q query examples, shape [q, K].
+        weights: η_k, shape [K].
+
+    Returns:
+        Shape [q], bool.
+    """
+    found: np.ndarray = (query_norms * (weights != 0)).any(axis=1)
+    return found
+
+
 def absolute_gradient_norms(block: FactorBlock) -> np.ndarray:
     """Returns what bounds the terms of a product of gradients, shape [n, K], float64."""
     squares = np.zeros((len(block), len(block.gradients)))

@@ -49,12 +49,6 @@ class Queries:
     def __len__(self) -> int:
         return len(self.block)
 
-    @property
-    def with_gradient(self) -> np.ndarray:
-        """Which queries have a gradient other than 0; on the others nothing has influence."""
-        found: np.ndarray = (self.norms * (self.weights != 0)).any(axis=1)
-        return found
-
     def columns(self, wanted: np.ndarray) -> np.ndarray:
         """Returns the queries to multiply with where some are wanted: these, or all.
 

@@ -204,7 +204,9 @@ class TopScan:
 
     def _tiles(self, block: Rows) -> list[Piece]:
         """Returns pieces with all pairs of a block."""
-        step = max(1, min(self.tile_rows, -(-len(block) // self._threads.count)))
+        # As many for each thread, of the same size: none waits for another.
+        rounds = -(-len(block) // (self.tile_rows * self._threads.count))
+        step = max(1, -(-len(block) // max(1, rounds * self._threads.count)))
         every = np.arange(len(self._queries))
         return [
             Piece(slice(start, min(start + step, len(block))), every)

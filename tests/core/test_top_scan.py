@@ -3,8 +3,14 @@ import itertools
 import numpy as np
 import pytest
 
+from tests.core.test_ranking import assert_same
 from tests.factories import WEIGHTS, random_block, ranked, split
+from tracin_transforms.core import threads, top_scan
+from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.influence import pair_influence
+from tracin_transforms.core.queries import Queries
+from tracin_transforms.core.threads import Threads
+from tracin_transforms.core.top_scan import Piece, TopScan
 
 
 def _reference(block, queries, k):
@@ -77,3 +83,46 @@ def test_influence_below_the_range_of_float32_is_ranked(exponent):
     ):
         np.testing.assert_array_equal(found.example_ids, exact.example_ids)
         np.testing.assert_allclose(found.parts, exact.parts * 4.0**exponent, rtol=1e-5)
+
+
+@pytest.mark.parametrize("few", [0, 100], ids=["one by one", "one ahead"])
+def test_threads_and_lag_change_nothing(few, monkeypatch):
+    """Blocks are scored while those before are seen to, or not, and held for longer or not."""
+    monkeypatch.setattr(top_scan, "_FEW_SHARE", few)
+    monkeypatch.setattr(threads, "_FEWEST_OPERATIONS", 0)
+    rng = np.random.default_rng(5)
+    block, queries = random_block(rng, 900), random_block(rng, 6, "q")
+    expected = ranked([block], queries, 7)
+    for held in (0, 10**9):
+        monkeypatch.setattr(top_scan, "_HELD_BYTES", held)
+        scan = TopScan(Queries.prepare(queries, WEIGHTS), 7, Threads(2))
+        for part in split(block, 60):
+            scan.add(part)
+        assert_same(scan.top(), expected)
+        assert scan.top().pairs == 900 * 6
+
+
+def test_only_the_pieces_asked_for_are_scored():
+    rng = np.random.default_rng(6)
+    block, queries = random_block(rng, 100), random_block(rng, 4, "q")
+    scan = TopScan(Queries.prepare(queries, WEIGHTS), 5, Threads(1))
+    rows, columns = np.array([3, 50, 7]), np.array([1, 3])
+    scan.add(block, [Piece(slice(20, 60), columns), Piece(rows, np.array([0]))])
+    top = scan.top()
+    assert top.pairs == 40 * 2 + 3
+    for query, some in ((0, rows), (1, np.arange(20, 60)), (3, np.arange(20, 60))):
+        expected = _reference(block.rows(some), queries, 5)
+        mine = top.proponents.query_rows == query
+        assert top.proponents.example_ids[mine].tolist() == expected[query, "proponents"]
+    assert 2 not in top.proponents.query_rows
+
+
+def test_an_influence_beyond_float32_names_the_example():
+    rng = np.random.default_rng(7)
+    block, queries = random_block(rng, 50), random_block(rng, 3, "q")
+    for gradient in block.gradients:
+        gradient.layers[0].activations[17] = 1e30
+        gradient.layers[0].error_signals[17] = 1e30
+    scan = TopScan(Queries.prepare(queries, WEIGHTS), 5, Threads(1))
+    with pytest.raises(InputError, match="'z00017' has an influence beyond the range of float32"):
+        scan.add(block)

@@ -6,7 +6,7 @@ import apache_beam as beam
 import numpy as np
 import pytest
 
-from pipelines.execution import Progress, as_input_error, run_pipeline
+from pipelines.execution import Progress, as_input_error, run_pipeline, threads_per_process
 from pipelines.stderr import captured_stderr
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.storage.job_notes import JobNotes
@@ -23,6 +23,22 @@ def test_an_input_error_is_recognised_wherever_it_was_raised():
     )
     assert str(as_input_error(remote)) == "example 'a' is bad"
     assert as_input_error(RuntimeError("something else")) is None
+
+
+@pytest.mark.parametrize(
+    ("beam_args", "share"),
+    [
+        ([], 1),
+        (["--direct_num_workers=4"], 1),
+        (["--direct_running_mode=multi_processing", "--direct_num_workers=2"], 1 / 2),
+        (["--direct_running_mode=multi_processing", "--direct_num_workers=99"], 0),
+        (["--direct_running_mode=multi_processing", "--direct_num_workers=0"], 0),
+        (["--runner=FlinkRunner"], 0),
+    ],
+)
+def test_a_process_has_its_share_of_the_cores(beam_args, share):
+    cores = len(os.sched_getaffinity(0))
+    assert threads_per_process(beam_args) == max(1, int(cores * share))
 
 
 def _fail(message):

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,6 +17,7 @@ from tracin_transforms.storage.checkpoint_series import (
     read_checkpoint_series,
     write_checkpoint_series,
 )
+from tracin_transforms.storage.columns import as_strings
 from tracin_transforms.storage.factor_file import read_factor_block, write_factor_block
 from tracin_transforms.storage.files import (
     StagedDirectory,
@@ -370,3 +372,18 @@ def test_several_layers_have_their_parts_shown(tmp_path):
 def test_a_result_without_files_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no influence"):
         read_result(tmp_path, "influence")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [["a1", "b2", "c3"], ["a", "bcd", ""], ["ä1", "b2"], ["a\0", "b2"], ["x"] * 3, []],
+    ids=str,
+)
+def test_ids_come_back_whatever_their_length_and_letters(ids):
+    column = pa.chunked_array([pa.array(ids, pa.string())])
+    expected = np.array(ids, dtype=str)
+    assert as_strings(column).tolist() == expected.tolist()
+    sliced = pa.chunked_array([pa.array(["zz", *ids], pa.string())[1:]])
+    assert as_strings(sliced).tolist() == expected.tolist()
+    two = pa.chunked_array([pa.array(ids, pa.string())] * 2)
+    assert as_strings(two).tolist() == [*expected.tolist()] * 2

@@ -58,7 +58,8 @@ class Candidates:
         if len(scores) > k and passing.sum() > _PER_K * k * scores.shape[1]:
             place = len(scores) - k
             kth = np.partition(scores, place, axis=0)[place].astype(np.float64)
-            passing &= scores >= (kth - 2 * margin).astype(np.float32)
+            with np.errstate(over="ignore"):
+                passing &= scores >= (kth - 2 * margin).astype(np.float32)
         rows, at = np.nonzero(passing)
         return cls(np.zeros(len(rows), np.int64), places[rows], columns[at], scores[rows, at])
 

@@ -162,7 +162,9 @@ class TopScan:
         if not self._is_steady:
             self._take_scored()
         margin = self._margin_of(largest)
-        limits = [(reach - margin).astype(np.float32) for reach in self._reach]
+        # A margin beyond float32 is that of scores which will be refused.
+        with np.errstate(over="ignore"):
+            limits = [(reach - margin).astype(np.float32) for reach in self._reach]
         score = partial(self._score, block, limits, margin)
         numbers = self._numbers * len(self._queries.weights)
         operations = numbers * sum(_ROW_COST * len(p.places) + 2 * p.pairs for p in pieces)

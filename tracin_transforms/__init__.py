@@ -21,12 +21,20 @@ from tracin_transforms.core.protocols import (
 )
 from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
+from tracin_transforms.core.sketching import Sketch
 from tracin_transforms.core.threads import Threads
 from tracin_transforms.core.top_scan import TopScan
 
 if TYPE_CHECKING:
     from tracin_transforms.beam.extract import ExtractFactors, Extraction, SharedExtractor
-    from tracin_transforms.beam.influence import ScoreInfluence, WriteInfluence
+    from tracin_transforms.beam.influence import (
+        Question,
+        RescoreShortlist,
+        ScoreInfluence,
+        ScoreStoredInfluence,
+        WriteInfluence,
+        WriteScoreMatrix,
+    )
     from tracin_transforms.beam.self_influence import ScoreSelfInfluence, ScoreStored
     from tracin_transforms.beam.store import ReadFactors, WriteFactors
     from tracin_transforms.examples.images import ImageExamples
@@ -50,15 +58,19 @@ _LAZY = {
     "KerasFactorExtractor": "tracin_transforms.models.extractor",
     "NpzExamples": "tracin_transforms.examples.npz",
     "ParquetExamples": "tracin_transforms.examples.parquet",
+    "Question": "tracin_transforms.beam.influence",
     "ReadFactors": "tracin_transforms.beam.store",
+    "RescoreShortlist": "tracin_transforms.beam.influence",
     "ScoreInfluence": "tracin_transforms.beam.influence",
     "ScoreSelfInfluence": "tracin_transforms.beam.self_influence",
     "ScoreStored": "tracin_transforms.beam.self_influence",
+    "ScoreStoredInfluence": "tracin_transforms.beam.influence",
     "SharedExtractor": "tracin_transforms.beam.extract",
     "TFDSExamples": "tracin_transforms.examples.tfds",
     "TFRecordExamples": "tracin_transforms.examples.tfrecord",
     "WriteFactors": "tracin_transforms.beam.store",
     "WriteInfluence": "tracin_transforms.beam.influence",
+    "WriteScoreMatrix": "tracin_transforms.beam.influence",
     "find_examples": "tracin_transforms.examples.lookup",
     "parse_spec": "tracin_transforms.examples.spec",
     "read_checkpoint_series": "tracin_transforms.storage.checkpoint_series",
@@ -86,12 +98,16 @@ __all__ = [
     "NpzExamples",
     "ParquetExamples",
     "Queries",
+    "Question",
     "ReadFactors",
+    "RescoreShortlist",
     "ScoreInfluence",
     "ScoreSelfInfluence",
     "ScoreStored",
+    "ScoreStoredInfluence",
     "Shard",
     "SharedExtractor",
+    "Sketch",
     "TFDSExamples",
     "TFRecordExamples",
     "Threads",
@@ -99,6 +115,7 @@ __all__ = [
     "TopScan",
     "WriteFactors",
     "WriteInfluence",
+    "WriteScoreMatrix",
     "find_examples",
     "influence",
     "pair_influence",

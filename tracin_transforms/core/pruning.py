@@ -112,12 +112,15 @@ class Pruner:
         self._signal_norms = _norms_of_parts(self._signals) if self._signals else None
         self._without = 0
 
-    def pieces(self, rows: RowBounds, needed: np.ndarray) -> list[Piece]:
+    def pieces(self, rows: RowBounds, needed: np.ndarray) -> list[Piece] | None:
         """Returns the pairs of a block that can still be among the strongest, in pieces.
 
         Args:
             rows: Bounds of its n rows.
             needed: What the influence of a pair must reach, in size, shape [q], float64.
+
+        Returns:
+            The pieces; None where all pairs can.
         """
         limits = self._queries.scales * needed * (1 - _SLACK)
         starts = np.arange(0, len(rows), _STRIP)
@@ -129,6 +132,8 @@ class Pruner:
             if not self._without:
                 return self._grouped(self._open_by_peaks(rows, np.concatenate(in_strips), limits))
             self._without -= 1
+        if is_open.all():
+            return None
         units = [_Unit(at, is_open[i]) for at, i in zip(in_strips, strips, strict=True)]
         return self._grouped(units)
 

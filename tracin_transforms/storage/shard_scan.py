@@ -53,7 +53,7 @@ def scan_shard(
         Part.WHOLE: range(len(file.batches)),
     }[part]
     bounds = RowBounds.of_stored(rows.stored_norms, rows.peaks, rounding) if pruner else None
-    planned: dict[int, list[Piece]] = {}
+    planned: dict[int, list[Piece] | None] = {}
 
     def is_wanted(number: int) -> bool:
         if number not in wanted:
@@ -62,7 +62,7 @@ def scan_shard(
             return True
         at = bounds.rows(file.rows_of(number))
         planned[number] = pruner.pieces(at, scan.needed)
-        return bool(planned[number])
+        return planned[number] is None or bool(planned[number])
 
     for number, block in shard.packed_blocks(checkpoint_ids, is_wanted):
         scan.add(block, planned.pop(number, None), _largest(block, rounding))

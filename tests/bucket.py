@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
@@ -163,7 +163,16 @@ def emulated_bucket() -> Iterator[Bucket]:
             server.kill()
 
 
+def _incomplete(answer, storage, upload, fallback_end=0) -> None:
+    """Says how much of an upload is there; of nothing, the emulator says that it is one byte."""
+    received = storage.get_resumable_byte_count(upload)
+    answer.status = objects.GoogleHTTPStatus.RESUME_INCOMPLETE
+    if received or fallback_end:
+        answer["Range"] = f"bytes=0-{received - 1 if received else fallback_end}"
+
+
 def _serve() -> None:
+    objects._resumable_incomplete = _incomplete
     storage, faults = Storage(use_memory_fs=True), Faults()
     buckets.create_bucket(NAME, storage)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, storage, faults))

@@ -126,7 +126,9 @@ class _Job:
             self_influence(block, self.training.weights)
 
     def end(self) -> float:
-        """Returns the bytes written."""
+        """Ends what is begun, and returns the bytes written."""
+        if self.scan is not None:
+            self.scan.top()
         if self.writer is None:
             return 0.0
         with self.writer:

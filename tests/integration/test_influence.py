@@ -96,6 +96,16 @@ def test_too_many_queries_without_a_store(trained, arguments, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_too_many_queries_for_a_matrix(asked, tmp_path, monkeypatch, capsys):
+    """Of two passes, the second would write over what the first one wrote."""
+    monkeypatch.setattr(pipelines.queries, "_GROUP_BYTES", 1)
+    arguments = asked | {"--output": tmp_path / "out"}
+    line = ["influence", *(f"{name}={value}" for name, value in arguments.items())]
+    assert main([*line, "--score-matrix"]) == 1
+    assert "ask fewer at a time, or leave out --score-matrix" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("from_store", [True, False])
 def test_all_scores(asked, trained, arguments, tmp_path, from_store):
     inputs = asked if from_store else arguments | {"--queries": asked["--queries"], "--k": 6}
@@ -140,9 +150,25 @@ def test_queries_without_gradient_are_told(asked, trained, tmp_path):
     assert _summary(tmp_path / "out")["without_gradient"] == 5
     rows = _rows(tmp_path / "out")
     assert {row["query_id"] for row in rows} == {f"q{i}" for i in range(5, 20)}
+    done = tracin("influence", question | {"--output": tmp_path / "matrix"}, "--score-matrix")
+    assert done.returncode == 0, done.stderr
+    matrix = pq.read_table(sorted((tmp_path / "matrix").glob("scores-*.parquet")))
+    assert matrix.column_names[2:] == ids.tolist()
+    assert {*matrix["q0"].to_pylist()} == {0}
     np.savez(tmp_path / "none.npz", x=inputs[:5], y=labels[:5], id=ids[:5])
     question = asked | {"--queries": f"npz:{tmp_path / 'none.npz'}?id=id"}
     done = tracin("influence", question | {"--output": tmp_path / "none"})
     assert done.returncode == 0, done.stderr
     assert "5 of 5 queries have a gradient of 0" in done.stdout
     assert _rows(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("from_store", [True, False])
+def test_queries_of_which_there_are_none(asked, arguments, tmp_path, capsys, from_store):
+    (tmp_path / "none.tfrecord").write_bytes(b"")
+    inputs = asked if from_store else arguments
+    question = {"--queries": f"tfrecord:{tmp_path / 'none.tfrecord'}?x=x&y=y"}
+    assert _in_process(inputs | question | {"--output": tmp_path / "out"}) == 1
+    assert "none.tfrecord" in (errors := capsys.readouterr().err)
+    assert "expected at least one" in errors
+    assert not (tmp_path / "out").exists()

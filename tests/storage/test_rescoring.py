@@ -41,7 +41,7 @@ def _write(directory, block, queries, pairs):
         predictions=block.predictions[rows, -1],
         parts=rng.standard_normal((len(rows), 3, 1)),
     )
-    top = TopInfluences.empty(queries, len(rows)).with_rows(found).sorted(0)
+    top = TopInfluences.empty(queries, len(rows)).with_rows(found)
     write_influence(directory, top, queries)
 
 

@@ -11,9 +11,10 @@ from tests.core.test_ranking import assert_same
 from tests.factories import random_block, split
 from tracin_transforms.core import pruning
 from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.influence import pair_influence, squared_gradient_norms
 from tracin_transforms.core.peaks import Peaks
 from tracin_transforms.core.protocols import Shard
-from tracin_transforms.core.pruning import Pruner
+from tracin_transforms.core.pruning import Pruner, RowBounds
 from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.ranking import TopInfluences
 from tracin_transforms.core.threads import Threads
@@ -249,6 +250,36 @@ def test_blocks_without_a_survivor_are_not_read(tmp_path):
         file.seek(last.start + 64)
         file.write(b"\xff" * (last.size - 128))
     assert_same(pruned([shard], queries, 5), expected)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 2.0**-11])
+def test_bounds_hold_where_the_largest_entries_cancel(rounding):
+    """Sums in float32 of what cancels in float64 all but for the last digits."""
+    rng = np.random.default_rng(12)
+
+    def signals(e, h):
+        e[:] = 0
+        values = rng.standard_normal((len(e), 8)).astype(np.float32)
+        e[:, :8], e[:, 8:16] = values, values[:, ::-1] * np.float32(1 + 2.0**-22)
+        return e, h
+
+    def opposite(e, h):
+        e[:] = 0
+        values = rng.standard_normal((len(e), 8)).astype(np.float32)
+        e[:, :8], e[:, 8:16] = values, -values[:, ::-1] * np.float32(1 + 2.0**-23)
+        return e, h
+
+    block = changed(random_block(rng, 300, classes=256), signals)
+    queries = Queries.prepare(
+        changed(random_block(rng, 20, "q", classes=256), opposite), np.array([1.0, 0, 0])
+    )
+    norms = np.sqrt(squared_gradient_norms(block)).astype(np.float32)
+    bounds = RowBounds.of_stored(norms, Peaks.of_block(block), rounding)
+    found = Pruner(queries, 64, THREADS)._bounds_by_peaks(bounds)
+    rows, columns = (index.ravel() for index in np.indices(found.shape))
+    exact = pair_influence(block, queries.block, queries.weights, rows, columns).sum(axis=(1, 2))
+    assert (np.abs(exact) > 0).mean() > 0.5
+    assert (found.ravel() >= np.abs(exact)).all()
 
 
 def test_peaks_bound_what_they_stand_for():

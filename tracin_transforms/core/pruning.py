@@ -184,8 +184,9 @@ class Pruner:
         """Returns the bound of each row and query, shape [n, q], float32."""
         n, peaks = len(rows), rows.peaks
         ends = np.arange(0, n * peaks.count + 1, peaks.count, dtype=np.int32)
-        # Rounding changes e by at most a share of its norm, and h by at most a share of itself.
-        rounded = np.float32(rows.rounding) * rows.norms
+        # Rounding changes e by at most a share of its norm, and h by at most a share of itself; the
+        # sums below are off by a share of the norms, too, where their terms cancel.
+        rounded = np.float32(rows.rounding + _SLACK) * rows.norms
         bounds: np.ndarray = np.hstack([peaks.next, peaks.rests, rounded]) @ self._signal_norms
         for k, signals in enumerate(self._signals):
             entries = (peaks.values[:, k].ravel(), peaks.classes[:, k].ravel(), ends)

@@ -113,7 +113,7 @@ class TopInfluences:
     def with_rows(self, found: InfluenceRows) -> "TopInfluences":
         """Returns the strongest of these and other rows, whose influence may have either sign.
 
-        Only the queries that have such rows are ranked anew; the order of queries is lost.
+        Only the queries that have such rows are ranked anew.
         """
         touched = np.zeros(len(self.query_ids), dtype=bool)
         touched[found.query_rows] = True
@@ -121,20 +121,9 @@ class TopInfluences:
         for known, sign in ((self.proponents, 1), (self.opponents, -1)):
             at = touched[known.query_rows]
             ranked = _strongest(known.take(np.flatnonzero(at)).joined(found), self.k, sign)
-            ends.append(known.take(np.flatnonzero(~at)).joined(ranked))
+            joined = known.take(np.flatnonzero(~at)).joined(ranked)
+            ends.append(joined.take(np.argsort(joined.query_rows, kind="stable")))
         return replace(self, proponents=ends[0], opponents=ends[1])
-
-    def sorted(self, pairs: int) -> "TopInfluences":
-        """Returns these in the order of the queries.
-
-        Args:
-            pairs: How many pairs were scored to find them.
-        """
-        proponents, opponents = (
-            rows.take(np.argsort(rows.query_rows, kind="stable"))
-            for rows in (self.proponents, self.opponents)
-        )
-        return TopInfluences(self.query_ids, self.k, proponents, opponents, pairs)
 
     def thresholds(self) -> "Thresholds":
         """Returns what a pair must reach to be among the k strongest."""

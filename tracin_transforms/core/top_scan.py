@@ -7,7 +7,7 @@ pairs need to be looked at twice.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -179,7 +179,7 @@ class TopScan:
         self._take_scored()
         self._settle()
         self._merge()
-        return self._best.sorted(self._pairs)
+        return replace(self._best, pairs=self._pairs)
 
     def _take_scored(self) -> None:
         if self._scored is not None:
@@ -190,9 +190,9 @@ class TopScan:
         self, block: Rows, margin: np.ndarray, scored: Callable[[], list[list[Candidates]]]
     ) -> None:
         """Takes the candidates of a block, and holds it for them."""
-        number = len(self._blocks)
+        number, pieces = len(self._blocks), scored()
         self._margin = np.maximum(self._margin, margin)
-        for end, parts in enumerate(zip(*scored(), strict=True)):
+        for end, parts in enumerate(zip(*pieces, strict=True)):
             found = self._found[end].joined([part.of_block(number) for part in parts])
             if found.are_many(self._k, len(self._queries)):
                 found, reached = found.strongest(self._k, self._margin)
@@ -200,7 +200,7 @@ class TopScan:
             self._found[end] = found
         self._blocks.append(block)
         few = _FEW_SHARE * self._k * len(self._queries)
-        self._is_steady = sum(len(part) for piece in scored() for part in piece) < few
+        self._is_steady = sum(len(part) for piece in pieces for part in piece) < few
         if sum(block.nbytes for block in self._blocks) > _HELD_BYTES:
             self._settle()
 

@@ -1,8 +1,8 @@
 """The gradient factors of one shard of a factor store, read block by block.
 
 A factor file is an uncompressed Arrow IPC file whose columns all have a fixed width. One read
-brings a block into memory, where NumPy views its numbers without another copy. Rows are sorted by
-falling self-influence.
+brings a block into memory, where NumPy views its numbers without another copy. `shard_writer` says
+how the rows are ordered.
 """
 
 import io
@@ -22,7 +22,7 @@ from tracin_transforms.storage.remote import refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
 from tracin_transforms.storage.sidecar import Batch, Rows, Sidecar, read_sidecar
 
-# Two in use, and one for the reader ahead.
+# Those in use are not counted: as many as one reader ahead and a scan give back.
 _READ = Buffers(3)
 
 

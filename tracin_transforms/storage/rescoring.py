@@ -1,7 +1,7 @@
 """Chosen pairs scored with the gradient factors of a store: a shortlist, ranked exactly."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def rescored_shard(
         of_rows = shortlist.pairs(places[file.rows_of(number)][rows])
         top = _with_pairs(top, block, rows, of_rows, queries)
         pairs += len(of_rows[0])
-    return top.sorted(pairs)
+    return replace(top, pairs=pairs)
 
 
 def _with_pairs(

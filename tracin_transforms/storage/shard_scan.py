@@ -10,15 +10,15 @@ from tracin_transforms.core.top_scan import Piece, TopScan
 from tracin_transforms.storage.factor_shard import PackedBlock, StoredShard
 from tracin_transforms.storage.row_layout import FLOAT16, RowLayout
 
-# By which share of itself storing may have changed a number; what is smaller than 2⁻²⁹ of its
-# row's largest, by which share of that.
+# By which share of their norm storing may have changed the numbers of a row: each by 2⁻¹¹ of itself
+# and, where it is far smaller than the largest, by 2⁻³² of that, see `core.half_precision`.
 _ROUNDING = {FLOAT16: 2.0**-11 + 2.0**-24}
 
 
 class Part(Enum):
     """Which rows of a shard are looked at."""
 
-    HEAD = "those of largest self-influence"
+    HEAD = "those that promise most"
     REST = "the others"
     WHOLE = "all"
 

@@ -54,7 +54,7 @@ class FactorFile:
         size: In bytes.
         sha256: Of its content, in hexadecimal.
         batches: Its record batches, in order.
-        head: How many of the first ones hold the rows of largest self-influence.
+        head: How many of the first ones hold the head, the rows that promise most.
     """
 
     size: int

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/influence.py DATA WORK [--parts kernel pruning ...] [--rows N]
 
 DATA holds mnist.npz, efficientnet_lite0.keras and imagenet_sample/, see benchmarks/mnist.py,
-efficientnet.py and imagenet_shape.py. WORK may be that of benchmarks/mnist.py or store.py, whose
-network and store are taken; WORK/imagenet may be that of imagenet_shape.py, or a link to it. What
+efficientnet.py and imagenet_fit.py. WORK may be that of benchmarks/mnist.py or store.py, whose
+network and store are taken; WORK/imagenet may be that of imagenet_store.py, or a link to it. What
 is missing is made: an ImageNet-shaped store of N rows takes 18.3 KB of disk for each (3.7 GB, or
 23 GB for all 1,281,167), and is kept. WORK/scratch, with up to 3 GB more, is removed at the end.
 
@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 from efficientnet import prepare
-from imagenet_shape import IMAGENET, ImageNetShape, Rows, write_store
+from imagenet_shape import Rows
+from imagenet_store import IMAGENET, blocks, write_store
 from measure import bare, beam_options, drop, line, parser, spec, tracin, warm
 from scanning import THREADS, Asked, Bench, in_turn, influence, is_finished, queries_of
 from sketches import report_sketches
@@ -206,22 +207,13 @@ def _photographs(bench: Bench) -> Path:
     return work / "store"
 
 
-class EvenRows(ImageNetShape):
+class EvenRows:
     """Rows of which none can be left out: all norms are 1, and no error signal has peaks."""
 
-    def __init__(self) -> None:
-        pass
-
-    def rows(
-        self,
-        n: int,
-        seed: tuple[int, ...],
-        first: int = 0,
-        checkpoints: tuple[int, ...] = (0, 1, 2),
-    ) -> Rows:
+    def rows(self, n: int, seed: tuple[int, ...], first: int = 0) -> Rows:
         """Returns rows with random directions."""
         rng = np.random.default_rng([*seed, first])
-        rows = Rows.empty(n, len(checkpoints))
+        rows = Rows.empty(n, 3)
         for array in (*rows.activations, *rows.error_signals):
             rng.standard_normal(array.shape, np.float32, out=array)
             array /= np.linalg.norm(array, axis=1, keepdims=True)
@@ -235,7 +227,7 @@ def _even(bench: Bench) -> Asked:
     count = min(EVEN_ROWS, bench.rows)
     write_store(bench.scratch / "even", EvenRows(), count, processes=1)
     shard = Shard("queries", count=EVEN_QUERIES, size=EVEN_QUERIES)
-    block = next(EvenRows().blocks(shard, 0, seed=1))
+    block = next(blocks(EvenRows(), shard, 0, seed=1))
     return Asked.of(bench.scratch / "even", block, bench.threads)
 
 

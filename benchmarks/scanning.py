@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from imagenet_shape import QUERIES as IMAGENET_QUERIES
-from imagenet_shape import QUERY_SEED, ImageNetShape, write_store
+from imagenet_fit import fitted
+from imagenet_shape import ImageNetShape
+from imagenet_store import QUERIES as IMAGENET_QUERIES
+from imagenet_store import QUERY_SEED, write_store
 from measure import Measured, spec, tracin, train_mnist
 from mnist import QUERIES, K, network
 from store import extract
@@ -104,7 +106,7 @@ class Bench:
     def _shape(self) -> ImageNetShape:
         directory = self.work / "imagenet"
         directory.mkdir(exist_ok=True)
-        return ImageNetShape.fitted(self.data, directory)
+        return fitted(self.data, directory)
 
     def _linked(self, store: FactorStore, shards: Sequence[Any]) -> Path:
         directory = self.scratch / f"imagenet-{sum(shard.count for shard in shards)}"

@@ -105,9 +105,11 @@ def _shares(facts: dict[str, Any], options: argparse.Namespace) -> list[str]:
     """Returns what the summary says of how the queries were answered."""
     lines = []
     if options.store is not None and options.prune:
+        share = facts["scored_share"]
         lines.append(
-            f"{facts['scored_share']:.1%} of all pairs were multiplied; the others cannot be among "
-            "the strongest."
+            f"{share:.1%} of all pairs were multiplied; the others cannot be among the strongest."
+            if share < 1
+            else "All pairs were multiplied: any could be among the strongest."
         )
     if facts["passes"] > 1:
         lines.append(f"The queries took {facts['passes']} passes over the store.")

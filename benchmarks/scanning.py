@@ -19,6 +19,7 @@ from store import extract
 from threadpoolctl import threadpool_limits
 
 from tracin_transforms.core.factors import FactorBlock, concatenate_blocks
+from tracin_transforms.core.likely_pairs import LikelyPairs
 from tracin_transforms.core.pruning import Pruner
 from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.ranking import TopInfluences
@@ -26,7 +27,7 @@ from tracin_transforms.core.threads import Threads
 from tracin_transforms.core.top_scan import TopScan
 from tracin_transforms.storage.factor_shard import PackedBlock, StoredShard
 from tracin_transforms.storage.factor_store import FactorStore
-from tracin_transforms.storage.shard_scan import Part, scan_shard
+from tracin_transforms.storage.shard_scan import scan_shard, scout_shard
 
 THREADS = len(os.sched_getaffinity(0))
 BLOCK_ROWS = 2048
@@ -205,16 +206,18 @@ class Asked:
         return scan.top()
 
     def pruned(self) -> TopInfluences:
-        """Multiplies what the heads of the shards do not rule out, as `ScoreStoredInfluence`."""
-        heads = TopScan(self.queries, self.k, self.threads)
-        for shard in self.shards():
-            scan_shard(shard, self.checkpoint_ids, heads, Part.HEAD)
-        top = heads.top()
-        rest = TopScan(self.queries, self.k, self.threads, top.thresholds())
-        pruner = Pruner(self.queries, rest.tile_rows, self.threads)
+        """Multiplies what a few pairs do not rule out, as `ScoreStoredInfluence`."""
+        some = TopScan(self.queries, self.k, self.threads)
+        shards = len(self.store.description.shards)
+        likely = LikelyPairs(self.queries, self.k, shards, self.threads)
         for shard in self.shards(with_peaks=True):
-            scan_shard(shard, self.checkpoint_ids, rest, Part.REST, pruner)
-        return top.merge(rest.top())
+            scout_shard(shard, self.checkpoint_ids, some, likely)
+        scouted = some.top()
+        scan = TopScan(self.queries, self.k, self.threads, scouted.thresholds())
+        pruner = Pruner(self.queries, scan.tile_rows, self.threads)
+        for shard in self.shards(with_peaks=True):
+            scan_shard(shard, self.checkpoint_ids, scan, pruner)
+        return scouted.merge(scan.top())
 
     def unpack(self) -> None:
         """Makes float32 of all rows in memory, in pieces like those of a scan, and no more."""
@@ -276,10 +279,12 @@ class HeldShard(StoredShard):
     def packed_blocks(
         self,
         checkpoint_ids: Sequence[str],
-        is_wanted: Callable[[int], bool] = lambda _: True,
+        wanted: Callable[[int], np.ndarray | None] = lambda _: None,
     ) -> Iterator[tuple[int, PackedBlock]]:
         """Yields the blocks."""
-        yield from ((i, block) for i, block in enumerate(self.blocks_held) if is_wanted(i))
+        for i, block in enumerate(self.blocks_held):
+            if (rows := wanted(i)) is None or len(rows):
+                yield i, block
 
 
 def in_turn(

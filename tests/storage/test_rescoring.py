@@ -7,12 +7,13 @@ import pytest
 
 from tests.core.test_ranking import assert_same
 from tests.factories import WEIGHTS, random_block, ranked, split
-from tests.storage.test_shard_scan import IDS, stored
+from tests.storage.test_shard_scan import IDS, THREADS, stored
+from tracin_transforms.core import top_scan
 from tracin_transforms.core.influence import pair_influence
 from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
-from tracin_transforms.storage import rescoring
-from tracin_transforms.storage.rescoring import Shortlist, rescored_shard
+from tracin_transforms.core.top_scan import TopScan
+from tracin_transforms.storage.rescoring import Shortlist, rescore_shard
 from tracin_transforms.storage.results import write_influence
 
 K = 4
@@ -48,9 +49,10 @@ def _write(directory, block, queries, pairs):
 def _rescored(directory, shards, queries):
     shortlist = Shortlist.read(directory, queries)
     prepared = Queries.prepare(queries, WEIGHTS)
-    top = TopInfluences.empty(queries, K)
+    scan = TopScan(prepared, K, THREADS)
     for shard in shards:
-        top = top.merge(rescored_shard(shard, IDS, prepared, K, shortlist))
+        rescore_shard(shard, IDS, scan, shortlist)
+    top = scan.top()
     assert top.pairs == len(shortlist)
     return top
 
@@ -59,7 +61,8 @@ def _rescored(directory, shards, queries):
 def test_a_shortlist_of_all_pairs_gives_the_exact_ranking(
     tmp_path, block, queries, monkeypatch, at_once
 ):
-    monkeypatch.setattr(rescoring, "_PAIRS", at_once)
+    for limit in ("_PAIRS", "_NEW_PAIRS"):
+        monkeypatch.setattr(top_scan, limit, at_once)
     shards = stored(tmp_path, split(block, 3), "float32")
     every = [(row, column) for row in range(len(block)) for column in range(len(queries))]
     _write(tmp_path, block, queries, every)

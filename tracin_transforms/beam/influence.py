@@ -13,18 +13,20 @@ from apache_beam.utils.shared import Shared
 from apache_beam.utils.windowed_value import WindowedValue
 
 from tracin_transforms.core.factors import FactorBlock
+from tracin_transforms.core.likely_pairs import LikelyPairs
 from tracin_transforms.core.pruning import Pruner
 from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.ranking import Thresholds, TopInfluences
 from tracin_transforms.core.threads import Threads
 from tracin_transforms.core.top_scan import TopScan
 from tracin_transforms.storage.factor_file import read_factor_block
+from tracin_transforms.storage.factor_shard import StoredShard
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.job_notes import JobNotes
-from tracin_transforms.storage.rescoring import Shortlist, rescored_shard
+from tracin_transforms.storage.rescoring import Shortlist, rescore_shard
 from tracin_transforms.storage.results import write_influence, write_score_matrix
-from tracin_transforms.storage.shard_scan import Part, scan_shard
+from tracin_transforms.storage.shard_scan import scan_shard, scout_shard
 
 _PAIRS = "pairs.json"
 
@@ -79,9 +81,9 @@ class ScoreInfluence(beam.PTransform):
 class ScoreStoredInfluence(beam.PTransform):
     """Ranks the training examples of stored shards, given by name, as `ScoreInfluence` does.
 
-    With pruning, the heads of all shards say how much influence it takes to be among the
-    strongest, and of the other rows only those are multiplied that can have as much. Between the
-    two passes go top-k lists and thresholds alone. The result is that of multiplying all.
+    With pruning, some pairs of each shard say how much influence it takes to be among the
+    strongest, and then only those are multiplied that can have as much. Between the two passes go
+    thresholds alone. The result is that of multiplying all.
 
     Attributes:
         question: What is asked.
@@ -101,14 +103,12 @@ class ScoreStoredInfluence(beam.PTransform):
         """Wires the steps."""
         names = names | "DistributeShards" >> beam.Reshuffle()
         if not self.prune:
-            whole = beam.ParDo(_ScoreShards(self, Part.WHOLE), None)
-            return names | "ScoreShards" >> whole | _MergeAll()
-        none = beam.ParDo(_ScoreShards(self, Part.HEAD), None)
-        heads = names | "ScoreHeads" >> none | "MergeHeads" >> _MergeAll()
-        thresholds = heads | "Thresholds" >> beam.Map(TopInfluences.thresholds)
-        rest = beam.ParDo(_ScoreShards(self, Part.REST), AsSingleton(thresholds))
-        rests = names | "ScoreRests" >> rest
-        return (heads, rests) | beam.Flatten() | _MergeAll()
+            return names | "ScoreShards" >> beam.ParDo(_ScoreShards(self), None) | _MergeAll()
+        some = names | "ScoutShards" >> beam.ParDo(_ScoutShards(self))
+        scouted = some | "MergeScouted" >> _MergeAll()
+        thresholds = scouted | "Thresholds" >> beam.Map(TopInfluences.thresholds)
+        scored = names | "ScoreShards" >> beam.ParDo(_ScoreShards(self), AsSingleton(thresholds))
+        return (scouted, scored) | beam.Flatten() | _MergeAll()
 
 
 @dataclasses.dataclass(eq=False)
@@ -207,45 +207,65 @@ class _ScoreBlocks(_WithQueries):
         yield _of_bundle(self._scan.top())
 
 
-class _ScoreShards(_WithQueries):
-    def __init__(self, job: ScoreStoredInfluence, part: Part) -> None:
+class _WithShards(_WithQueries):
+    """Has a scan for each bundle of names of stored shards, and gives what it found."""
+
+    def __init__(self, job: ScoreStoredInfluence | RescoreShortlist) -> None:
         super().__init__(job.question)
         self._store = job.store
         self._checkpoint_ids = job.checkpoint_ids
         self._notes = job.notes
-        self._part = part
-
-    def setup(self) -> None:
-        super().setup()
-        self._pruner = None
-        if self._part is Part.REST:
-            tile_rows = TopScan(self._queries, 1, self._threads).tile_rows
-            self._pruner = Pruner(self._queries, tile_rows, self._threads)
 
     def start_bundle(self) -> None:
         self._scan: TopScan | None = None
 
-    def process(self, name: str, thresholds: Thresholds | None) -> None:
+    def _scan_of(self, thresholds: Thresholds | None = None) -> TopScan:
         if self._scan is None:
             self._scan = TopScan(self._queries, self._question.k, self._threads, thresholds)
-        shard = self._store.shard(name, with_peaks=self._pruner is not None)
-        rows = scan_shard(shard, self._checkpoint_ids, self._scan, self._part, self._pruner)
-        if self._notes is not None:
-            start = len(shard.rows) - rows if self._part is Part.REST else 0
-            self._notes.finished(name, start, rows)
+        return self._scan
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._scan is not None:
             yield _of_bundle(self._scan.top())
 
+    def _note(self, shard: StoredShard) -> None:
+        if self._notes is not None:
+            self._notes.finished(shard.sidecar.shard.name, 0, len(shard.rows))
 
-class _RescoreShards(_WithQueries):
+
+class _ScoutShards(_WithShards):
+    def setup(self) -> None:
+        super().setup()
+        shards = len(self._store.description.shards)
+        self._likely = LikelyPairs(self._queries, self._question.k, shards, self._threads)
+
+    def process(self, name: str) -> None:
+        shard = self._store.shard(name, with_peaks=True)
+        scout_shard(shard, self._checkpoint_ids, self._scan_of(), self._likely)
+
+
+class _ScoreShards(_WithShards):
+    def __init__(self, job: ScoreStoredInfluence) -> None:
+        super().__init__(job)
+        self._prunes = job.prune
+
+    def setup(self) -> None:
+        super().setup()
+        self._pruner = None
+        if self._prunes:
+            tile_rows = TopScan(self._queries, 1, self._threads).tile_rows
+            self._pruner = Pruner(self._queries, tile_rows, self._threads)
+
+    def process(self, name: str, thresholds: Thresholds | None) -> None:
+        shard = self._store.shard(name, with_peaks=self._prunes)
+        scan_shard(shard, self._checkpoint_ids, self._scan_of(thresholds), self._pruner)
+        self._note(shard)
+
+
+class _RescoreShards(_WithShards):
     def __init__(self, job: RescoreShortlist) -> None:
-        super().__init__(job.question)
-        self._store = job.store
-        self._checkpoint_ids = job.checkpoint_ids
+        super().__init__(job)
         self._directory = job.shortlist
-        self._notes = job.notes
         self._shared_shortlist = Shared()
 
     def setup(self) -> None:
@@ -254,18 +274,10 @@ class _RescoreShards(_WithQueries):
             lambda: Shortlist.read(self._directory, self._queries.block)
         )
 
-    def start_bundle(self) -> None:
-        self._top = TopInfluences.empty(self._queries.block, self._question.k)
-
     def process(self, name: str) -> None:
-        shard, k = self._store.shard(name), self._question.k
-        found = rescored_shard(shard, self._checkpoint_ids, self._queries, k, self._shortlist)
-        self._top = self._top.merge(found)
-        if self._notes is not None:
-            self._notes.finished(name, 0, len(shard.rows))
-
-    def finish_bundle(self) -> Iterator[WindowedValue]:
-        yield _of_bundle(self._top)
+        shard = self._store.shard(name)
+        rescore_shard(shard, self._checkpoint_ids, self._scan_of(), self._shortlist)
+        self._note(shard)
 
 
 class _WriteScores(_WithQueries):

@@ -61,7 +61,12 @@ class Candidates:
             with np.errstate(over="ignore"):
                 passing &= scores >= (kth - 2 * margin).astype(np.float32)
         rows, at = np.nonzero(passing)
-        return cls(np.zeros(len(rows), np.int64), places[rows], columns[at], scores[rows, at])
+        return cls.of_pairs(places[rows], columns[at], scores[rows, at])
+
+    @classmethod
+    def of_pairs(cls, rows: np.ndarray, columns: np.ndarray, scores: np.ndarray) -> "Candidates":
+        """Returns pairs of one block."""
+        return cls(np.zeros(len(rows), np.int64), rows, columns, scores)
 
     def of_block(self, number: int) -> "Candidates":
         """Returns these pairs as those of a block."""

@@ -79,6 +79,36 @@ def inner_products(
     return total
 
 
+def paired_products(
+    gradients: Iterable[GradientFactors],
+    queries: Iterable[GradientFactors],
+    rows: np.ndarray,
+    columns: np.ndarray,
+) -> np.ndarray:
+    """Returns of chosen pairs what `inner_products` returns of all.
+
+    Args:
+        gradients: Of n training examples at K checkpoints, one after the other.
+        queries: Of q query examples at the same checkpoints, with the same layers.
+        rows: The training example of each pair, shape [m].
+        columns: The query of each pair, shape [m].
+
+    Returns:
+        Shape [m], float32; what is beyond its range is infinite or NaN.
+
+    Raises:
+        InputError: The layers do not fit each other.
+        ValueError: The checkpoints do not.
+    """
+    total = np.zeros(len(rows), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for gradient, query_gradient in zip(gradients, queries, strict=True):
+            _check_same_form(gradient, query_gradient)
+            for layer, other in zip(gradient.layers, query_gradient.layers, strict=True):
+                total += pair_products(layer, other, rows, columns, np.float32)
+    return total
+
+
 def check_in_range(block: FactorBlock, scores: np.ndarray) -> None:
     """Raises InputError, naming an example, if scores are not finite.
 

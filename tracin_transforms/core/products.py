@@ -14,6 +14,7 @@ whose products add up.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +49,13 @@ def all_products(layer: LayerFactors, other: LayerFactors) -> np.ndarray:
 
 
 def pair_products(
-    layer: LayerFactors, other: LayerFactors, rows: np.ndarray, other_rows: np.ndarray
+    layer: LayerFactors,
+    other: LayerFactors,
+    rows: np.ndarray,
+    other_rows: np.ndarray,
+    dtype: type[np.floating[Any]] = np.float64,
 ) -> np.ndarray:
-    """Returns ⟨G_i, G'_j⟩ of chosen pairs (i, j), shape [m], float64.
+    """Returns ⟨G_i, G'_j⟩ of chosen pairs (i, j).
 
     A pair's value depends on its own factors alone, not on those around it.
 
@@ -59,16 +64,20 @@ def pair_products(
         other: Factors of q examples, of the same layer.
         rows: i of each pair, shape [m].
         other_rows: j of each pair, shape [m].
+        dtype: What is computed in, float64 or float32.
+
+    Returns:
+        Shape [m], of that dtype.
     """
     numbers = layer.numbers_per_example + other.numbers_per_example
     numbers += 2 * layer.positions * other.positions
-    size = max(1, min(len(rows), _PAIR_BYTES // (8 * numbers)))
+    size = max(1, min(len(rows), _PAIR_BYTES // (np.dtype(dtype).itemsize * numbers)))
     sides = [
-        (_Gathered(array, size), places)
+        (_Gathered(array, size, np.dtype(dtype)), places)
         for side, places in ((layer, rows), (other, other_rows))
         for array in (side.error_signals, side.activations)
     ]
-    found = np.empty(len(rows))
+    found = np.empty(len(rows), dtype)
     for piece in _pieces(len(rows), size):
         e, h, f, g = (
             _by_group(gathered.rows(places[piece]), layer.groups) for gathered, places in sides
@@ -158,36 +167,36 @@ def _by_group(array: np.ndarray, groups: int) -> list[np.ndarray]:
 
 
 class _Gathered:
-    """Some rows of an array at a time, in memory that is used again: numbers in float64."""
+    """Some rows of an array at a time, in memory that is used again: numbers of a dtype."""
 
-    def __init__(self, array: np.ndarray, size: int) -> None:
+    def __init__(self, array: np.ndarray, size: int, dtype: np.dtype[Any]) -> None:
         self._array = array
         shape = (size, *array.shape[1:])
         count = math.prod(shape)
-        self._singles = _PRODUCTS.take(array.itemsize * count).view(array.dtype).reshape(shape)
-        self._doubles = None
-        if array.dtype.kind == "f":
-            self._doubles = _PRODUCTS.take(8 * count).view(np.float64).reshape(shape)
+        self._gathered = _PRODUCTS.take(array.itemsize * count).view(array.dtype).reshape(shape)
+        self._converted = None
+        if array.dtype.kind == "f" and array.dtype != dtype:
+            self._converted = _PRODUCTS.take(dtype.itemsize * count).view(dtype).reshape(shape)
 
     def rows(self, places: np.ndarray) -> np.ndarray:
         # Which rows there are is known: nothing is clipped, and nothing need be checked.
-        singles = self._singles[: len(places)]
-        self._array.take(places, axis=0, out=singles, mode="clip")
-        if self._doubles is None:
-            return singles
-        doubles = self._doubles[: len(places)]
-        doubles[...] = singles
-        return doubles
+        gathered = self._gathered[: len(places)]
+        self._array.take(places, axis=0, out=gathered, mode="clip")
+        if self._converted is None:
+            return gathered
+        converted = self._converted[: len(places)]
+        converted[...] = gathered
+        return converted
 
 
 def _one_by_one(
     e: np.ndarray, h: np.ndarray, f: np.ndarray, g: np.ndarray, has_bias: bool
 ) -> np.ndarray:
-    """Returns ⟨G_i, G'_i⟩ of each example i with its counterpart, shape [m], float64.
+    """Returns ⟨G_i, G'_i⟩ of each example i with its counterpart, shape [m].
 
     Args:
-        e: Error signals, shape [m, C] or [m, P, C], float64.
-        h: Activations, shape [m, d] or [m, P, d], float64; or indices, int32.
+        e: Error signals, shape [m, C] or [m, P, C].
+        h: Activations, shape [m, d] or [m, P, d]; or indices, int32.
         f: Error signals of the counterparts.
         g: Activations of the counterparts.
         has_bias: Whether the layer has a bias.

@@ -41,9 +41,11 @@ _PAYS_SHARE = 0.7
 _BLOCKS_WITHOUT = 8
 # What work takes, in operations of a matrix product: that of one more piece, for each layer and
 # checkpoint; of bringing one number of a row into float32; of copying one number of a query.
-_PIECE_COST = 2e6
-_ROW_COST = 30
-_QUERY_COST = 15
+_PIECE_COST = 6e6
+_ROW_COST = 60
+_QUERY_COST = 30
+_PAIR_COST = 30
+_MOST_PAIRS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +85,10 @@ class RowBounds:
 
 @dataclass(frozen=True, eq=False)
 class _Unit:
-    """Rows and the queries that they are open for."""
+    """Some rows, and for which queries each of them is open, shape [rows, q]."""
 
     rows: np.ndarray
-    wanted: np.ndarray
+    is_open: np.ndarray
 
 
 class Pruner:
@@ -134,8 +136,12 @@ class Pruner:
             self._without -= 1
         if is_open.all():
             return None
-        units = [_Unit(at, is_open[i]) for at, i in zip(in_strips, strips, strict=True)]
-        return self._grouped(units)
+        return self._grouped(
+            [
+                _Unit(at, np.broadcast_to(is_open[i], (len(at), len(limits))))
+                for at, i in zip(in_strips, strips, strict=True)
+            ]
+        )
 
     def _error_signals(self, factors: np.ndarray) -> list[np.ndarray]:
         """Returns |η_k| √(‖h'‖² + 1) e' of each checkpoint, shape [C, q]; none without peaks."""
@@ -175,7 +181,7 @@ class Pruner:
             self._without = _BLOCKS_WITHOUT
         order = np.argsort(strongest, kind="stable")
         return [
-            _Unit(kept[at], np.logical_or.reduce(is_open[at], axis=0))
+            _Unit(kept[at], is_open[at])
             for at in np.split(order, range(_UNIT, len(order), _UNIT))
             if len(at)
         ]
@@ -196,11 +202,20 @@ class Pruner:
         return bounds
 
     def _grouped(self, units: list[_Unit]) -> list[Piece]:
-        """Returns pieces with all pairs of units; those side by side share one if it pays."""
+        """Returns pieces with all pairs of units; those side by side share one if it pays.
+
+        Where few pairs of a unit are open, they are paired.
+        """
         groups: list[tuple[list[np.ndarray], int, np.ndarray, float]] = []
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for unit in units:
-            rows, wanted = len(unit.rows), unit.wanted
+            rows, wanted = len(unit.rows), unit.is_open.any(axis=0)
             cost = self._cost(rows, wanted)
+            count = int(np.count_nonzero(unit.is_open))
+            if self._numbers * (count * _PAIR_COST + rows * _ROW_COST) < cost:
+                at, columns = np.nonzero(unit.is_open)
+                pairs.append((unit.rows[at], columns))
+                continue
             if groups:
                 others, count, known, cost_before = groups[-1]
                 both = wanted | known
@@ -210,8 +225,22 @@ class Pruner:
                     continue
             groups.append(([unit.rows], rows, wanted, cost))
         columns = self._queries.columns
-        return [
+        found = [
             Piece(_as_slice(np.concatenate(rows)), columns(wanted)) for rows, _, wanted, _ in groups
+        ]
+        return found + self._paired(pairs)
+
+    def _paired(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Piece]:
+        """Returns pairs as pieces, as many for each thread."""
+        if not pairs:
+            return []
+        rows, columns = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        order = np.argsort(rows, kind="stable")
+        rounds = -(-len(rows) // (_MOST_PAIRS * self._threads.count))
+        return [
+            Piece(rows[at], columns[at], is_paired=True)
+            for at in np.array_split(order, rounds * self._threads.count)
+            if len(at)
         ]
 
     def _cost(self, rows: int, wanted: np.ndarray) -> float:

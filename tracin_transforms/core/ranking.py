@@ -72,7 +72,8 @@ class TopInfluences:
 
     Proponents have influence > 0 and opponents < 0, so a query may have fewer than k. `merge` is
     associative and commutative, with `empty` as identity, and merging the parts of a training set
-    in any way gives the same as ranking it in one piece.
+    in any way gives the same as ranking it in one piece. A pair that is in several parts counts
+    once.
 
     Attributes:
         query_ids: Shape [q], unicode; row i of the queries has id ``query_ids[i]``.
@@ -165,7 +166,10 @@ class Thresholds:
 
 
 def _strongest(rows: InfluenceRows, k: int, sign: int) -> InfluenceRows:
-    """Returns the k largest sign * influence > 0 of each query, in the ranking's order."""
+    """Returns the k largest sign * influence > 0 of each query, in the ranking's order.
+
+    Of a pair that is there twice, with the same influence, one is returned.
+    """
     signed = sign * rows.influence
     order = np.flatnonzero(signed > 0)
     order = order[np.lexsort((-signed[order], rows.query_rows[order]))]
@@ -178,6 +182,10 @@ def _strongest(rows: InfluenceRows, k: int, sign: int) -> InfluenceRows:
         ids = rows.example_ids[order[again]]
         keys = (ids, -sorted_scores[again], query_rows[again])
         order[again] = order[again[np.lexsort(keys)]]
+        ids = rows.example_ids[order[again]]
+        is_copy = np.zeros(len(order), dtype=bool)
+        is_copy[again[1:]] = tied[again[1:]] & (ids[1:] == ids[:-1])
+        order = order[~is_copy]
     query_rows = rows.query_rows[order]
     place = np.arange(len(order)) - np.searchsorted(query_rows, query_rows)
     return rows.take(order[place < k])

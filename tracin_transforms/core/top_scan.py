@@ -20,6 +20,7 @@ from tracin_transforms.core.influence import (
     check_in_range,
     inner_products,
     pair_influence,
+    paired_products,
     rounding_bound,
 )
 from tracin_transforms.core.queries import Queries
@@ -39,6 +40,8 @@ _ROW_COST = 30
 _PAIR_COST = 40
 # Pairs that one thread computes again at a time.
 _PAIRS = 1024
+# Chosen pairs wait until they are so many.
+_NEW_PAIRS = 2**16
 # Where a block has fewer candidates than this share of what is sought, what is known hardly
 # changes: the next block need not wait for it.
 _FEW_SHARE = 0.05
@@ -72,15 +75,18 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Pairs that are scored together: some rows of a block with some queries.
+    """Pairs that are scored together: some rows of a block with some queries, or one by one.
 
     Attributes:
         rows: Of the block; a slice has a beginning and an end.
-        columns: Indices of the queries, rising.
+        columns: Indices of the queries, rising; those of the rows, one for each, where they are
+            paired.
+        is_paired: Whether each row is scored with its own query alone.
     """
 
     rows: slice | np.ndarray
     columns: np.ndarray
+    is_paired: bool = False
 
     @property
     def places(self) -> np.ndarray:
@@ -92,7 +98,7 @@ class Piece:
     @property
     def pairs(self) -> int:
         """How many they are."""
-        return len(self.places) * len(self.columns)
+        return len(self.columns) * (1 if self.is_paired else len(self.places))
 
 
 class TopScan:
@@ -158,7 +164,8 @@ class TopScan:
         if not pieces:
             return
         if largest is None:
-            largest = absolute_gradient_norms(block.rows(slice(None))).max(axis=0)
+            rows = np.unique(np.concatenate([piece.places for piece in pieces]))
+            largest = absolute_gradient_norms(block.rows(rows)).max(axis=0)
         if not self._is_steady:
             self._take_scored()
         margin = self._margin_of(largest)
@@ -166,13 +173,27 @@ class TopScan:
         with np.errstate(over="ignore"):
             limits = [(reach - margin).astype(np.float32) for reach in self._reach]
         score = partial(self._score, block, limits, margin)
-        numbers = self._numbers * len(self._queries.weights)
-        operations = numbers * sum(_ROW_COST * len(p.places) + 2 * p.pairs for p in pieces)
+        operations = sum(map(self._operations, pieces))
         scored = self._threads.start(score, pieces, operations)
         self._pairs += sum(piece.pairs for piece in pieces)
         # While threads score this block, the one before is seen to, if it has not been yet.
         self._take_scored()
         self._scored = partial(self._take, block, margin, scored)
+
+    def add_pairs(self, block: Rows, rows: np.ndarray, columns: np.ndarray) -> None:
+        """Takes chosen pairs of a block, none of which it takes otherwise.
+
+        Args:
+            block: Training examples at the queries' checkpoints.
+            rows: Row of the block of each pair, shape [m], rising.
+            columns: Index of the query of each pair, shape [m].
+        """
+        parts = [slice(at, at + _PAIRS) for at in range(0, len(rows), _PAIRS)]
+        exact = partial(_exact, self._queries, block)
+        self._new += self._threads.map(lambda part: exact(rows[part], columns[part]), parts)
+        self._pairs += len(rows)
+        if sum(map(len, self._new)) > max(_NEW_PAIRS, _NEW_SHARE * self._known):
+            self._merge()
 
     def top(self) -> TopInfluences:
         """Returns the strongest pairs of all blocks so far."""
@@ -215,6 +236,12 @@ class TopScan:
             for start in range(0, len(block), step)
         ]
 
+    def _operations(self, piece: Piece) -> float:
+        """Returns about how many operations of a matrix product a piece takes."""
+        of_pairs = piece.pairs * (_PAIR_COST if piece.is_paired else 2)
+        numbers = self._numbers * len(self._queries.weights)
+        return numbers * (_ROW_COST * len(piece.places) + of_pairs)
+
     @property
     def _numbers(self) -> int:
         layers = self._queries.block.gradients[0].layers
@@ -235,6 +262,8 @@ class TopScan:
         self, block: Rows, limits: list[np.ndarray], margin: np.ndarray, piece: Piece
     ) -> list[Candidates]:
         """Returns the candidates of a piece for proponents, and those for opponents."""
+        if piece.is_paired:
+            return self._score_pairs(block, limits, piece)
         queries = self._queries.scored_columns(piece.columns)
         scores = inner_products(block.gradients_of(piece.rows), queries.gradients)
         # One pass each says which queries have candidates; NaN and infinity come through.
@@ -257,6 +286,21 @@ class TopScan:
             )
         return found
 
+    def _score_pairs(
+        self, block: Rows, limits: list[np.ndarray], piece: Piece
+    ) -> list[Candidates]:
+        rows, places = np.unique(piece.places, return_inverse=True)
+        gradients, columns = self._queries.scored.gradients, piece.columns
+        scores = paired_products(block.gradients_of(rows), gradients, places, columns)
+        if not np.isfinite(scores).all():
+            check_in_range(block.rows(piece.places), scores[:, None])
+        signs = zip((1, -1), limits, strict=True)
+        passing = [np.flatnonzero(sign * scores > limit[columns]) for sign, limit in signs]
+        return [
+            Candidates.of_pairs(piece.places[at], columns[at], sign * scores[at])
+            for sign, at in zip((1, -1), passing, strict=True)
+        ]
+
     def _settle(self) -> None:
         """Begins to compute the candidates' influence in float64, and lets go of their blocks."""
         groups: list[tuple[int, Rows, Candidates]] = []
@@ -271,30 +315,24 @@ class TopScan:
         pairs = sum(len(found) for _, _, found in groups)
         operations = _PAIR_COST * pairs * self._numbers * len(self._queries.weights)
         before = self._exact_pairs
-        self._exact_pairs = self._threads.start(self._exact, groups, operations)
+        self._exact_pairs = self._threads.start(self._exact_of, groups, operations)
         self._blocks, self._found = [], [Candidates.none(), Candidates.none()]
         self._margin = np.zeros(len(self._queries))
         self._new += before()
         if not self._is_steady:
             self._new += self._exact_pairs()
             self._exact_pairs = list
-        known = len(self._best.proponents) + len(self._best.opponents)
-        if sum(map(len, self._new)) > _NEW_SHARE * known:
+        if sum(map(len, self._new)) > _NEW_SHARE * self._known:
             self._merge()
 
-    def _exact(self, group: tuple[int, Rows, Candidates]) -> InfluenceRows:
+    @property
+    def _known(self) -> int:
+        return len(self._best.proponents) + len(self._best.opponents)
+
+    def _exact_of(self, group: tuple[int, Rows, Candidates]) -> InfluenceRows:
         """Returns a block's candidates with their influence in float64, if it is of the sign."""
         sign, block, found = group
-        rows, places = np.unique(found.rows, return_inverse=True)
-        part = block.rows(rows)
-        queries = self._queries
-        pairs = InfluenceRows(
-            query_rows=found.columns,
-            example_ids=part.example_ids[places],
-            labels=part.labels[places],
-            predictions=part.predictions[places, -1],
-            parts=pair_influence(part, queries.block, queries.weights, places, found.columns),
-        )
+        pairs = _exact(self._queries, block, found.rows, found.columns)
         # Rounding may have given a score near 0 the other sign.
         return pairs.take(np.flatnonzero(sign * pairs.influence > 0))
 
@@ -308,3 +346,18 @@ class TopScan:
         self._best = self._best.with_rows(first.joined(*more))
         reach = self._scaled(self._best.thresholds().at_least(self._floor))
         self._reach = [np.maximum(a, b) for a, b in zip(self._reach, reach, strict=True)]
+
+
+def _exact(
+    queries: Queries, block: Rows, rows: np.ndarray, columns: np.ndarray
+) -> InfluenceRows:
+    """Returns chosen pairs of a block with their influence in float64."""
+    rows, places = np.unique(rows, return_inverse=True)
+    part = block.rows(rows)
+    return InfluenceRows(
+        query_rows=columns,
+        example_ids=part.example_ids[places],
+        labels=part.labels[places],
+        predictions=part.predictions[places, -1],
+        parts=pair_influence(part, queries.block, queries.weights, places, columns),
+    )

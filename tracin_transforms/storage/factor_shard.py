@@ -1,11 +1,12 @@
 """The gradient factors of one shard of a factor store, read block by block.
 
 A factor file is an uncompressed Arrow IPC file whose columns all have a fixed width. One read
-brings a block into memory, where NumPy views its numbers without another copy. `shard_writer` says
-how the rows are ordered.
+brings a block into memory, where NumPy views its numbers without another copy; of a block with
+few rows that are wanted, these alone are read. `shard_writer` says how the rows are ordered.
 """
 
 import io
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from tracin_transforms.core.buffers import Buffers
 from tracin_transforms.core.errors import InputError
 from tracin_transforms.core.factors import FactorBlock, GradientFactors
 from tracin_transforms.storage.files import AnyPath
-from tracin_transforms.storage.remote import refusals_named
+from tracin_transforms.storage.remote import RemotePath, refusals_named
 from tracin_transforms.storage.row_layout import RowLayout
 from tracin_transforms.storage.sidecar import Batch, Rows, Sidecar, read_sidecar
 
 # Those in use are not counted: as many as one reader ahead and a scan give back.
 _READ = Buffers(3)
+# Of a block with less than this share of its rows wanted, the others are not read.
+_FEW_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,15 @@ class StoredShard:
     def packed_blocks(
         self,
         checkpoint_ids: Sequence[str],
-        is_wanted: Callable[[int], bool] = lambda _: True,
+        wanted: Callable[[int], np.ndarray | None] = lambda _: None,
     ) -> Iterator[tuple[int, PackedBlock]]:
         """Yields the shard's blocks as they are stored, each with its number.
 
         Args:
             checkpoint_ids: Whose factors are wanted.
-            is_wanted: Whether a block, by its number, is to be read at all. Asked in order, for
-                each before the one ahead of it is used.
+            wanted: Which rows of a block, by its number, are to be read, rising; all if None. The
+                others hold anything; a block without a row is left out. Asked in order, for each
+                block before the one ahead of it is used.
 
         Raises:
             InputError: The factor file is not whole.
@@ -159,47 +163,49 @@ class StoredShard:
             self.sidecar.layout.of_checkpoints(checkpoint_ids),
             self.rows_of(checkpoint_ids),
         )
-        for i, batch in self.batches(is_wanted):
+        for i, batch in self.batches(wanted):
             known = rows.take(self.sidecar.file.rows_of(i))
             yield i, PackedBlock(self.sidecar.shard.name, known, layout, batch)
 
     def batches(
-        self, is_wanted: Callable[[int], bool] = lambda _: True
+        self, wanted: Callable[[int], np.ndarray | None] = lambda _: None
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yields the record batches of the factor file that are wanted, each with its number.
 
         While one is in use, the next is read.
 
+        Args:
+            wanted: As for `packed_blocks`.
+
         Raises:
             InputError: The file is not whole.
         """
-        file, schema = self.sidecar.file, self.sidecar.layout.schema
-        wanted = (i for i in range(len(file.batches)) if is_wanted(i))
-        first = next(wanted, None)
+        numbers = range(len(self.sidecar.file.batches))
+        asked = ((i, rows) for i in numbers if (rows := wanted(i)) is None or len(rows))
+        first = next(asked, None)
         if first is None:
             return
-        largest = max(batch.size for batch in file.batches)
         with refusals_named(self.paths.factors, "read"):
             opened = self.paths.factors.open("rb", buffering=0)
             with opened, ThreadPoolExecutor(1) as pool:
                 self._check_size(opened)
-
-                def read(batch: Batch) -> pa.RecordBatch:
-                    view = _READ.take(largest)[: batch.size].data
-                    self._read_into(opened, batch.start, view)
-                    message = pa.ipc.read_message(pa.py_buffer(view))
-                    return pa.ipc.read_record_batch(message, schema)
-
-                ahead, number = pool.submit(read, file.batches[first]), first
-                while True:
-                    batch = ahead.result()
-                    following = next(wanted, None)
-                    if following is not None:
-                        ahead = pool.submit(read, file.batches[following])
+                number, batch = first[0], self._read(opened, *first)
+                while following := next(asked, None):
+                    ahead = pool.submit(self._read, opened, *following)
                     yield number, batch
-                    if following is None:
-                        return
-                    number = following
+                    number, batch = following[0], ahead.result()
+                yield number, batch
+
+    def _read(self, opened: Any, number: int, rows: np.ndarray | None) -> pa.RecordBatch:
+        """Returns a record batch, read as a whole; mapped, where few of its rows are wanted."""
+        file, schema = self.sidecar.file, self.sidecar.layout.schema
+        batch = file.batches[number]
+        is_local = not isinstance(self.paths.factors, RemotePath)
+        if is_local and rows is not None and len(rows) < _FEW_SHARE * batch.rows:
+            return _record_batch(_mapped(opened, batch), schema)
+        memory = _READ.take(max(batch.size for batch in file.batches))[: batch.size]
+        self._read_into(opened, batch.start, memory.data)
+        return _record_batch(memory, schema)
 
     def _check_size(self, opened: Any) -> None:
         size = opened.seek(0, io.SEEK_END)
@@ -217,3 +223,17 @@ class StoredShard:
             if not read:
                 raise InputError(f"{str(self.paths.factors)!r} ended while it was read")
             view = view[read:]
+
+
+def _record_batch(memory: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
+    """Returns the record batch whose message is in memory, as views of it."""
+    return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(memory.data)), schema)
+
+
+def _mapped(opened: Any, batch: Batch) -> np.ndarray:
+    """Returns the bytes of a record batch, which are read where they are looked at."""
+    before = batch.start % mmap.ALLOCATIONGRANULARITY
+    mapped = mmap.mmap(
+        opened.fileno(), before + batch.size, access=mmap.ACCESS_READ, offset=batch.start - before
+    )
+    return np.frombuffer(mapped, np.uint8, offset=before)

@@ -1,21 +1,17 @@
 """Chosen pairs scored with the gradient factors of a store: a shortlist, ranked exactly."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from tracin_transforms.core.factors import FactorBlock
-from tracin_transforms.core.influence import pair_influence
-from tracin_transforms.core.queries import Queries
-from tracin_transforms.core.ranking import InfluenceRows, TopInfluences
-from tracin_transforms.storage.factor_shard import PackedBlock, StoredShard
+from tracin_transforms.core.top_scan import TopScan
+from tracin_transforms.storage.factor_shard import StoredShard
 from tracin_transforms.storage.factor_store import FactorStore
 from tracin_transforms.storage.files import AnyPath
 from tracin_transforms.storage.results import read_result
-
-# Pairs that are ranked at a time.
-_PAIRS = 2**16
+from tracin_transforms.storage.shard_scan import scan_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,60 +75,24 @@ class Shortlist:
         return rows, self.columns[starts[rows] + within]
 
 
-def rescored_shard(
-    shard: StoredShard,
-    checkpoint_ids: Sequence[str],
-    queries: Queries,
-    k: int,
-    shortlist: Shortlist,
-) -> TopInfluences:
-    """Returns the strongest of a shard's pairs on a shortlist, with their influence in float64.
-
-    Only the record batches that hold examples of the shortlist are read, and of these only their
-    rows become float32.
+def rescore_shard(
+    shard: StoredShard, checkpoint_ids: Sequence[str], scan: TopScan, shortlist: Shortlist
+) -> None:
+    """Adds a shard's pairs on a shortlist to a scan.
 
     Args:
         shard: The shard, with the gradient factors themselves.
-        checkpoint_ids: Of the queries, in order.
-        queries: The query examples, with the gradient factors themselves.
-        k: Proponents, and opponents, to keep for each.
+        checkpoint_ids: Of the scan's queries, in order.
+        scan: Takes the pairs.
         shortlist: Which pairs.
 
     Raises:
         InputError: The factor file is not whole.
     """
-    file = shard.sidecar.file
     places = shortlist.places(shard.rows.example_ids)
-    wanted = {number: places[file.rows_of(number)] >= 0 for number in range(len(file.batches))}
-    top, pairs = TopInfluences.empty(queries.block, k), 0
-    for number, block in shard.packed_blocks(checkpoint_ids, lambda i: bool(wanted[i].any())):
-        rows = np.flatnonzero(wanted[number])
-        of_rows = shortlist.pairs(places[file.rows_of(number)][rows])
-        top = _with_pairs(top, block, rows, of_rows, queries)
-        pairs += len(of_rows[0])
-    return replace(top, pairs=pairs)
-
-
-def _with_pairs(
-    top: TopInfluences,
-    block: PackedBlock,
-    rows: np.ndarray,
-    pairs: tuple[np.ndarray, np.ndarray],
-    queries: Queries,
-) -> TopInfluences:
-    """Returns the strongest of those known and the pairs of some of a block's rows."""
-    factors = block.rows(rows)
-    for start in range(0, len(pairs[0]), _PAIRS):
-        at, columns = (indices[start : start + _PAIRS] for indices in pairs)
-        found = InfluenceRows(
-            query_rows=columns,
-            example_ids=factors.example_ids[at],
-            labels=factors.labels[at],
-            predictions=factors.predictions[at, -1],
-            parts=pair_influence(factors, queries.block, queries.weights, at, columns),
-        )
-        top = top.with_rows(found)
-    return top
+    listed = np.flatnonzero(places >= 0)
+    rows, columns = shortlist.pairs(places[listed])
+    scan_pairs(shard, checkpoint_ids, scan, listed[rows], columns)
 
 
 def lacking(store: FactorStore, example_ids: np.ndarray) -> np.ndarray:

@@ -1,9 +1,8 @@
 """Writing a shard of a factor store: gathered block by block, sorted, written in one piece.
 
-The order of the rows is for those who look for the strongest influence: a head with the rows that
-promise most, which says how much influence it takes; then the other rows, so that those that can
-still have that much lie together. With few classes the rows are in the order of self-influence;
-with many, each class has a share of the head, and the other rows lie by their largest class.
+The order of the rows is for those who look for the strongest influence, so that those that can
+have much lie together. With few classes the rows are in the order of self-influence, and the first
+of them, the head, say how much influence it takes. With many, they lie by their largest class.
 """
 
 import hashlib
@@ -316,29 +315,10 @@ def _order(rows: Rows, own: np.ndarray) -> tuple[np.ndarray, int]:
         own: Their self-influence, shape [n].
     """
     order = np.lexsort((rows.example_ids, -own))
-    head = min(len(order), max(_HEAD_ROWS, int(len(order) * _HEAD_SHARE)))
     if rows.peaks.count:
-        # Every class has its share of the head: what is strong for its queries.
-        order = order[np.argsort(_rank_in_class(rows.peaks.take(order)), kind="stable")]
-        rest = order[head:]
-        classes, _ = rows.peaks.take(rest).largest(1)
-        order[head:] = rest[np.lexsort((rows.example_ids[rest], -own[rest], classes[:, 0]))]
-    return order, head
-
-
-def _rank_in_class(peaks: Peaks) -> np.ndarray:
-    """Returns each row's best rank by an entry of its error signal, among those of its sign.
-
-    Its two largest entries, usually the label's and that of the class it is taken for, are ranked
-    among all of the class.
-    """
-    classes, values = peaks.largest(2)
-    kinds = (classes.astype(np.int64) * 2 + (values > 0)).ravel()
-    order = np.lexsort((-np.abs(values).ravel(), kinds))
-    in_order = kinds[order]
-    ranks = np.empty(len(order), np.int64)
-    ranks[order] = np.arange(len(order)) - np.searchsorted(in_order, in_order)
-    return ranks.reshape(values.shape).min(axis=1)
+        classes, _ = rows.peaks.take(order).largest(1)
+        return order[np.argsort(classes[:, 0], kind="stable")], 0
+    return order, min(len(order), max(_HEAD_ROWS, int(len(order) * _HEAD_SHARE)))
 
 
 def _pieces(start: int, stop: int, size: int) -> list[slice]:

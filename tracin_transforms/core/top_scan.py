@@ -286,9 +286,7 @@ class TopScan:
             )
         return found
 
-    def _score_pairs(
-        self, block: Rows, limits: list[np.ndarray], piece: Piece
-    ) -> list[Candidates]:
+    def _score_pairs(self, block: Rows, limits: list[np.ndarray], piece: Piece) -> list[Candidates]:
         rows, places = np.unique(piece.places, return_inverse=True)
         gradients, columns = self._queries.scored.gradients, piece.columns
         scores = paired_products(block.gradients_of(rows), gradients, places, columns)
@@ -348,9 +346,7 @@ class TopScan:
         self._reach = [np.maximum(a, b) for a, b in zip(self._reach, reach, strict=True)]
 
 
-def _exact(
-    queries: Queries, block: Rows, rows: np.ndarray, columns: np.ndarray
-) -> InfluenceRows:
+def _exact(queries: Queries, block: Rows, rows: np.ndarray, columns: np.ndarray) -> InfluenceRows:
     """Returns chosen pairs of a block with their influence in float64."""
     rows, places = np.unique(rows, return_inverse=True)
     part = block.rows(rows)

@@ -1,5 +1,6 @@
 """The console script `tracin`: finds the command, runs it, turns errors into exit statuses."""
 
+import ctypes
 import importlib
 import logging
 import os
@@ -12,6 +13,9 @@ from typing import NoReturn
 from pipelines.about import about
 from pipelines.options import COMMANDS, INTERRUPTS, parse
 from tracin_transforms.core.errors import AbandonedError, InputError
+
+# Of glibc's malloc.h.
+_M_ARENA_MAX = -8
 
 USAGE = """\
 usage: tracin COMMAND [options]
@@ -98,8 +102,20 @@ def _usage() -> str:
     return USAGE.format(commands="\n".join(lines))
 
 
+def _share_heaps() -> None:
+    """Has threads, and Arrow, share heaps: each of their own keeps what was ever used of it."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    # For worker processes; glibc has looked at it in this one already.
+    heaps = os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    # Other C libraries have no such function.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and heaps.isdecimal():
+        mallopt(_M_ARENA_MAX, int(heaps))
+
+
 def _set_up_libraries() -> None:
-    """Chooses Keras's backend; keeps TensorFlow and Beam from telling about themselves."""
+    """Chooses Keras's backend; keeps libraries from hoarding memory and telling of themselves."""
+    _share_heaps()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Whatever backend a checkpoint was trained on; .keras files do not depend on it.
     os.environ["KERAS_BACKEND"] = "tensorflow"

@@ -124,8 +124,10 @@ class Passes:
             )
         elif self.options.score_matrix:
             found = self._only_one(found, "ask fewer at a time, or leave out --score-matrix")
-        for i, queries in enumerate(found):
-            group = self._written(queries, self.staging.work / f"pass-{i:05d}")
+        # Not `enumerate`, which holds on to what it gave last.
+        number = itertools.count()
+        for queries in found:
+            group = self._written(queries, self.staging.work / f"pass-{next(number):05d}")
             del queries
             yield group
 
@@ -187,7 +189,7 @@ class Passes:
         else:
             blocks = ready.blocks(pipeline, notes)
             top = blocks | ScoreInfluence(question)
-        _ = top | WriteInfluence(question.queries, work)
+        _ = top | WriteInfluence(question, work)
         if self.options.score_matrix:
             if isinstance(ready, FromStore):
                 blocks = names | ReadFactors(ready.store, ready.checkpoint_ids)

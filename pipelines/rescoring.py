@@ -74,7 +74,7 @@ class Rescoring:
             names = [shard.name for shard in self.store.description.shards]
             rescore = RescoreShortlist(question, self.store, self.checkpoint_ids, found, notes)
             top = pipeline | "Shards" >> beam.Create(names) | rescore
-            _ = top | WriteInfluence(question.queries, work)
+            _ = top | WriteInfluence(question, work)
 
         progress = Progress(notes, self.count, shard_seconds=self.options.shard_timeout)
         seconds = run_pipeline(build, beam_args, progress)

@@ -90,14 +90,14 @@ def _first(directory, store, queries, k, prune=True, beam_args=()):
     """Writes a result by sketches."""
     question = _asked(directory, SKETCH.project(queries), k)
     score = ScoreStoredInfluence(question, store, IDS, prune)
-    write = WriteInfluence(question.queries, directory)
+    write = WriteInfluence(question, directory)
     _run(lambda pipeline: pipeline | _names(store) | score | write, beam_args)
 
 
 def _again(directory, store, queries, shortlist, beam_args=(), notes=None):
     question = _asked(directory, queries, K)
     score = RescoreShortlist(question, store, IDS, shortlist, notes)
-    write = WriteInfluence(question.queries, directory)
+    write = WriteInfluence(question, directory)
     _run(lambda pipeline: pipeline | _names(store) | score | write, beam_args)
     return read_result(directory, "influence").to_pylist()
 

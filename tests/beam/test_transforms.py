@@ -50,8 +50,9 @@ def test_influence_equals_the_direct_computation(tmp_path, queries, shards, bloc
     expected = ranked([_all_factors(source)], queries, K)
     path = tmp_path / "queries.npz"
     (tmp_path / "out").mkdir()
-    score = ScoreInfluence(Question(path, WEIGHTS, K))
-    _run(_Chain(score, WriteInfluence(path, tmp_path / "out")), source, block_rows, beam_args)
+    question = Question(path, WEIGHTS, K)
+    steps = _Chain(ScoreInfluence(question), WriteInfluence(question, tmp_path / "out"))
+    _run(steps, source, block_rows, beam_args)
 
     found = read_result(tmp_path / "out", "influence")
     for direction, rows in (("proponent", expected.proponents), ("opponent", expected.opponents)):

@@ -66,6 +66,9 @@ def test_merge_laws(rows, k, data):
     assert_same(a.merge(b.merge(c)), whole)
     assert_same(c.merge(a).merge(b), whole)
     assert_same(whole.merge(_none(k)), whole)
+    # What is in both counts once.
+    assert_same(whole.merge(b), whole)
+    assert_same(a.merge(b).merge(b.merge(c)), whole)
 
 
 @given(triples, st.integers(1, 5))

@@ -117,6 +117,43 @@ def test_only_the_pieces_asked_for_are_scored():
     assert 2 not in top.proponents.query_rows
 
 
+@pytest.mark.parametrize("layers", [{}, {"layers": 2}, {"positions": 3}], ids=str)
+def test_pairs_are_scored_one_by_one(layers):
+    rng = np.random.default_rng(8)
+    block, queries = random_block(rng, 100, **layers), random_block(rng, 4, "q", **layers)
+    rows, columns = np.nonzero(rng.random((100, 4)) < 0.3)
+    half = len(rows) // 2
+    exact = pair_influence(block, queries, WEIGHTS, rows, columns).sum(axis=(1, 2))
+    scans = [TopScan(Queries.prepare(queries, WEIGHTS), 5, Threads(2)) for _ in range(2)]
+    scans[0].add(block, [Piece(rows[:half], columns[:half], is_paired=True)])
+    scans[0].add(block, [Piece(rows[half:], columns[half:], is_paired=True)])
+    scans[1].add_pairs(block, rows[:half], columns[:half])
+    scans[1].add_pairs(block, rows[half:], columns[half:])
+    for scan in scans:
+        top = scan.top()
+        assert top.pairs == len(rows)
+        for query in range(4):
+            mine = np.flatnonzero((columns == query) & (exact > 0))
+            best = mine[np.argsort(-exact[mine])][:5]
+            at = top.proponents.query_rows == query
+            assert top.proponents.example_ids[at].tolist() == (
+                block.example_ids[rows[best]].tolist()
+            )
+            np.testing.assert_array_equal(top.proponents.influence[at], exact[best])
+
+
+def test_a_pair_beyond_float32_names_the_example():
+    rng = np.random.default_rng(7)
+    block, queries = random_block(rng, 50), random_block(rng, 3, "q")
+    for gradient in block.gradients:
+        gradient.layers[0].activations[17] = 1e30
+        gradient.layers[0].error_signals[17] = 1e30
+    scan = TopScan(Queries.prepare(queries, WEIGHTS), 5, Threads(1))
+    some = Piece(np.array([3, 17, 17]), np.array([0, 0, 2]), is_paired=True)
+    with pytest.raises(InputError, match="'z00017' has an influence beyond the range of float32"):
+        scan.add(block, [some])
+
+
 def test_an_influence_beyond_float32_names_the_example():
     rng = np.random.default_rng(7)
     block, queries = random_block(rng, 50), random_block(rng, 3, "q")

@@ -1,8 +1,10 @@
 """Exact pruning: whatever the rows are, the result is that of multiplying all pairs."""
 
+import ctypes
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -238,6 +240,50 @@ def test_whatever_is_drawn(tmp_path, case):
     assert_pruning_changes_nothing(
         tmp_path, blocks, queries, case["k"], weights, dtype=case["dtype"]
     )
+
+
+def test_few_open_pairs_are_scored_one_by_one_and_their_rows_alone_are_looked_at(tmp_path):
+    rng = np.random.default_rng(10)
+    block = of_classes(rng, 4000, classes=1000)
+    (shard,) = stored(tmp_path, [block])
+    queries = Queries.prepare(of_classes(rng, 4, classes=1000, prefix="q"), WEIGHTS)
+    expected = brute([shard], queries, 2)
+    pruner = Pruner(queries, 64, THREADS)
+    rows = shard.rows_of(IDS)
+    bounds = RowBounds.of_stored(rows.stored_norms, rows.peaks, 2.0**-11)
+    weakest = expected.thresholds()
+    needed = np.minimum(weakest.proponents, weakest.opponents)
+    open_rows, kinds = [], set()
+    for number in range(len(shard.sidecar.file.batches)):
+        at = shard.sidecar.file.rows_of(number)
+        pieces = pruner.pieces(bounds.rows(at), needed)
+        open_rows += [piece.places + at.start for piece in pieces]
+        kinds |= {piece.is_paired for piece in pieces}
+    assert True in kinds
+    assert len(np.unique(np.concatenate(open_rows))) < 0.2 * 4000
+    # Whatever the other rows hold, where only few of a batch are wanted.
+    _spoil(shard, np.setdiff1d(np.arange(4000), np.concatenate(open_rows)))
+    scan = TopScan(queries, 2, THREADS, weakest)
+    scan_shard(shard, IDS, scan, pruner)
+    assert_same(scan.top(), expected)
+    with pytest.raises(AssertionError):
+        assert_same(brute([shard], queries, 2), expected)
+
+
+def _spoil(shard, rows):
+    """Overwrites the numbers of some rows."""
+    with pa.memory_map(str(shard.paths.factors), "r+") as mapped:
+        file = pa.ipc.open_file(mapped)
+        for number in range(file.num_record_batches):
+            batch, at = file.get_batch(number), shard.sidecar.file.rows_of(number)
+            mine = rows[(rows >= at.start) & (rows < at.stop)] - at.start
+            for column in batch.columns:
+                if pa.types.is_fixed_size_list(column.type):
+                    address = column.values.buffers()[1].address
+                    width = column.type.list_size
+                    kind = ctypes.c_uint16 * (width * len(batch))
+                    numbers = np.frombuffer(kind.from_address(address), np.uint16)
+                    numbers.reshape(-1, width)[mine] = 0xFFFF
 
 
 def test_blocks_without_a_survivor_are_not_read(tmp_path):

@@ -142,16 +142,16 @@ class WriteInfluence(beam.PTransform):
     Beside them, ``pairs.json`` has the number of pairs that were scored.
 
     Attributes:
-        queries: File with the queries' gradient factors.
+        question: What was asked.
         directory: Where the files go.
     """
 
-    queries: AnyPath
+    question: Question
     directory: AnyPath
 
     def expand(self, top: beam.PCollection[TopInfluences]) -> beam.PCollection[None]:
         """Wires the steps."""
-        return top | "WriteParquet" >> beam.Map(_write, self.queries, self.directory)
+        return top | "WriteParquet" >> beam.Map(_write, self.question, self.directory)
 
 
 @dataclasses.dataclass(eq=False)
@@ -171,8 +171,8 @@ class WriteScoreMatrix(beam.PTransform):
         return blocks | "WriteScores" >> beam.ParDo(_WriteScores(self.question, self.directory))
 
 
-def _write(top: TopInfluences, queries: AnyPath, directory: AnyPath) -> None:
-    write_influence(directory, top, read_factor_block(queries))
+def _write(top: TopInfluences, question: Question, directory: AnyPath) -> None:
+    write_influence(directory, top, question.load().block)
     (directory / _PAIRS).write_text(json.dumps(top.pairs), encoding="utf-8")
 
 

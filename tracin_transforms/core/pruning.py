@@ -22,7 +22,7 @@ from tracin_transforms.core.influence import squared_gradient_norms
 from tracin_transforms.core.peaks import Peaks
 from tracin_transforms.core.queries import Queries
 from tracin_transforms.core.threads import Threads
-from tracin_transforms.core.top_scan import Piece
+from tracin_transforms.core.top_scan import PAIR_COST, Piece
 
 # Rows that norms tell apart, and rows that peaks do.
 _STRIP = 64
@@ -44,8 +44,8 @@ _BLOCKS_WITHOUT = 8
 _PIECE_COST = 6e6
 _ROW_COST = 60
 _QUERY_COST = 30
-_PAIR_COST = 30
-_MOST_PAIRS = 1024
+# Pairs of a piece in which they are scored one by one.
+_PAIRS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +89,12 @@ class _Unit:
 
     rows: np.ndarray
     is_open: np.ndarray
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """Which queries any of them is open for, shape [q]."""
+        wanted: np.ndarray = self.is_open.any(axis=0)
+        return wanted
 
 
 class Pruner:
@@ -209,10 +215,9 @@ class Pruner:
         groups: list[tuple[list[np.ndarray], int, np.ndarray, float]] = []
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for unit in units:
-            rows, wanted = len(unit.rows), unit.is_open.any(axis=0)
+            rows, wanted = len(unit.rows), unit.wanted
             cost = self._cost(rows, wanted)
-            count = int(np.count_nonzero(unit.is_open))
-            if self._numbers * (count * _PAIR_COST + rows * _ROW_COST) < cost:
+            if self._cost_of_pairs(unit) < cost:
                 at, columns = np.nonzero(unit.is_open)
                 pairs.append((unit.rows[at], columns))
                 continue
@@ -224,24 +229,27 @@ class Pruner:
                     groups[-1] = ([*others, unit.rows], count + rows, both, together)
                     continue
             groups.append(([unit.rows], rows, wanted, cost))
-        columns = self._queries.columns
         found = [
-            Piece(_as_slice(np.concatenate(rows)), columns(wanted)) for rows, _, wanted, _ in groups
+            Piece(_as_slice(np.concatenate(rows)), self._queries.columns(wanted))
+            for rows, _, wanted, _ in groups
         ]
-        return found + self._paired(pairs)
+        return found + (self._paired(pairs) if pairs else [])
 
     def _paired(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Piece]:
-        """Returns pairs as pieces, as many for each thread."""
-        if not pairs:
-            return []
+        """Returns pairs in pieces, by row, as many for each thread."""
         rows, columns = (np.concatenate(side) for side in zip(*pairs, strict=True))
         order = np.argsort(rows, kind="stable")
-        rounds = -(-len(rows) // (_MOST_PAIRS * self._threads.count))
+        rounds = -(-len(rows) // (_PAIRS * self._threads.count))
         return [
             Piece(rows[at], columns[at], is_paired=True)
             for at in np.array_split(order, rounds * self._threads.count)
             if len(at)
         ]
+
+    def _cost_of_pairs(self, unit: _Unit) -> float:
+        """Returns what the open pairs of a unit take one by one."""
+        pairs = int(np.count_nonzero(unit.is_open))
+        return (pairs * PAIR_COST + len(unit.rows) * _ROW_COST) * self._numbers
 
     def _cost(self, rows: int, wanted: np.ndarray) -> float:
         """Returns what a piece takes, in operations of a matrix product."""

@@ -34,10 +34,10 @@ _ROWS = 32
 # Small blocks are held until they are so many bytes: what is strong in one of them may be weak
 # beside the next, and need not be computed again.
 _HELD_BYTES = 32 * 2**20
-# What it takes to bring a number of a row into float32, and to compute a pair again for each of its
-# numbers; in operations of a matrix product.
+# What it takes to bring a number of a row into float32, and to score a pair on its own, or compute
+# it again, for each of its numbers; in operations of a matrix product.
 _ROW_COST = 30
-_PAIR_COST = 40
+PAIR_COST = 30
 # Pairs that one thread computes again at a time.
 _PAIRS = 1024
 # Chosen pairs wait until they are so many.
@@ -238,7 +238,7 @@ class TopScan:
 
     def _operations(self, piece: Piece) -> float:
         """Returns about how many operations of a matrix product a piece takes."""
-        of_pairs = piece.pairs * (_PAIR_COST if piece.is_paired else 2)
+        of_pairs = piece.pairs * (PAIR_COST if piece.is_paired else 2)
         numbers = self._numbers * len(self._queries.weights)
         return numbers * (_ROW_COST * len(piece.places) + of_pairs)
 
@@ -311,7 +311,7 @@ class TopScan:
                     part = found.take(np.arange(at, min(at + _PAIRS, stop)))
                     groups.append((sign, block, part))
         pairs = sum(len(found) for _, _, found in groups)
-        operations = _PAIR_COST * pairs * self._numbers * len(self._queries.weights)
+        operations = PAIR_COST * pairs * self._numbers * len(self._queries.weights)
         before = self._exact_pairs
         self._exact_pairs = self._threads.start(self._exact_of, groups, operations)
         self._blocks, self._found = [], [Candidates.none(), Candidates.none()]

@@ -165,7 +165,11 @@ class StoredShard:
         )
         for i, batch in self.batches(wanted):
             known = rows.take(self.sidecar.file.rows_of(i))
-            yield i, PackedBlock(self.sidecar.shard.name, known, layout, batch)
+            block = PackedBlock(self.sidecar.shard.name, known, layout, batch)
+            # Who takes a block alone holds its memory.
+            del batch
+            yield i, block
+            del block
 
     def batches(
         self, wanted: Callable[[int], np.ndarray | None] = lambda _: None
@@ -193,7 +197,9 @@ class StoredShard:
                 while following := next(asked, None):
                     ahead = pool.submit(self._read, opened, *following)
                     yield number, batch
+                    del batch
                     number, batch = following[0], ahead.result()
+                    del ahead
                 yield number, batch
 
     def _read(self, opened: Any, number: int, rows: np.ndarray | None) -> pa.RecordBatch:

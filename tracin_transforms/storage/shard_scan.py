@@ -50,6 +50,7 @@ def scan_shard(
 
     for number, block in shard.packed_blocks(checkpoint_ids, wanted):
         scan.add(block, planned.pop(number, None), _largest(block, rounding))
+        del block
 
 
 def scout_shard(

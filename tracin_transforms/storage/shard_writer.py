@@ -37,7 +37,7 @@ from tracin_transforms.storage.sidecar import (
 # Rows that are read, and scored, together: enough for matrix products at full speed, few enough
 # for memory.
 _BLOCK_ROWS = 2048
-_BLOCK_BYTES = 40 * 2**20
+_BLOCK_BYTES = 32 * 2**20
 # The head is this share of a shard, but not fewer rows than these.
 _HEAD_SHARE = 1 / 16
 _HEAD_ROWS = 64

@@ -17,7 +17,8 @@ from tracin_transforms.core.products import (
     squared_norms,
 )
 
-# Gradients of this norm are magnified, by powers of two that float32 has room for.
+# Gradients of less than this norm are magnified, by powers of two so that with the weights float32
+# has room for them.
 _TINY = 2.0**-40
 _LARGEST_EXPONENT = 120
 
@@ -208,19 +209,23 @@ def rounding_bound(
     return 8 * np.sqrt(numbers) * 2.0**-24 * (query_norms @ (np.abs(weights) * largest))
 
 
-def magnification(query_norms: np.ndarray) -> np.ndarray:
+def magnification(query_norms: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Returns by what to multiply each query's gradient so that products do not underflow.
 
     Args:
         query_norms: What `absolute_gradient_norms` gives for q query examples, shape [q, K].
+        weights: η_k, shape [K].
 
     Returns:
-        Powers of two, shape [q], float64; 1 but for gradients that are tiny at every checkpoint.
+        Powers of two, shape [q], float64; 1 but for gradients that are tiny at every checkpoint,
+        their weights included.
     """
-    norms = query_norms.max(axis=1, initial=0.0)
+    sizes = np.abs(weights)
+    norms = (query_norms * sizes).max(axis=1, initial=0.0)
     is_tiny = (norms > 0) & (norms < _TINY)
     exponents = np.floor(np.log2(norms, where=is_tiny, out=np.zeros(len(norms))))
-    return np.exp2(np.minimum(-exponents, _LARGEST_EXPONENT))
+    largest = max(sizes.max(initial=0.0), np.finfo(np.float64).tiny)
+    return np.exp2(np.minimum(-exponents, _LARGEST_EXPONENT - np.ceil(np.log2(largest))))
 
 
 def with_gradient(query_norms: np.ndarray, weights: np.ndarray) -> np.ndarray:

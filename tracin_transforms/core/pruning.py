@@ -93,8 +93,7 @@ class _Unit:
     @property
     def wanted(self) -> np.ndarray:
         """Which queries any of them is open for, shape [q]."""
-        wanted: np.ndarray = self.is_open.any(axis=0)
-        return wanted
+        return np.logical_or.reduce(self.is_open, axis=0)
 
 
 class Pruner:

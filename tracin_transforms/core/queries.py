@@ -43,7 +43,7 @@ class Queries:
             ValueError: The weights are not one for each checkpoint.
         """
         norms = absolute_gradient_norms(block)
-        scales = magnification(norms)
+        scales = magnification(norms, weights)
         return cls(block, weights, norms, scales, block.scaled(np.outer(scales, weights)))
 
     def __len__(self) -> int:

@@ -21,6 +21,8 @@ from tracin_transforms.core.products import (
 # has room for them.
 _TINY = 2.0**-40
 _LARGEST_EXPONENT = 120
+# And that float64 has room for.
+_LARGEST_SCALE = 1000
 
 
 def influence(block: FactorBlock, queries: FactorBlock, weights: np.ndarray) -> np.ndarray:
@@ -224,8 +226,9 @@ def magnification(query_norms: np.ndarray, weights: np.ndarray) -> np.ndarray:
     norms = (query_norms * sizes).max(axis=1, initial=0.0)
     is_tiny = (norms > 0) & (norms < _TINY)
     exponents = np.floor(np.log2(norms, where=is_tiny, out=np.zeros(len(norms))))
-    largest = max(sizes.max(initial=0.0), np.finfo(np.float64).tiny)
-    return np.exp2(np.minimum(-exponents, _LARGEST_EXPONENT - np.ceil(np.log2(largest))))
+    largest = max(sizes.max(initial=0.0), 2.0**-_LARGEST_SCALE)
+    most = min(_LARGEST_EXPONENT - np.ceil(np.log2(largest)), _LARGEST_SCALE)
+    return np.exp2(np.minimum(-exponents, most))
 
 
 def with_gradient(query_norms: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ is missing is made: an ImageNet-shaped store of N rows takes 18.3 KB of disk for
 
     kernel    TopScan over rows in memory beside BLAS alone; over files that are not in memory
     pruning   pruned scans beside those of all pairs: the same result, and how much faster
-    full      `tracin influence` with 1,000 queries over N rows, beside bare products and reads
+    full      `tracin influence` with 1,000 queries over N rows, beside bare products and reads;
+              pruned scans with few queries, of files that are not in memory
     beam      the pipelines beside the same scans in this process, 1 and 2 worker processes
     sketches  size, speed and recall of sketches, and of shortlists that are scored again
 
@@ -21,6 +22,7 @@ which what is compared is measured in turn. Goals of `full` are for all rows of 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +50,8 @@ BEAM_QUERIES = 200
 EVEN_ROWS, EVEN_QUERIES = 40_000, 100
 # By number of queries, the least share of BLAS's speed: in memory, and from disk.
 IN_MEMORY, FROM_DISK = {1000: 0.90, 200: 0.75, 20: 0.50}, {1000: 0.85, 200: 0.65}
+# By number of queries, how many times as fast pruned scans are.
+FEW_QUERIES = {1: 3.0, 20: 3.0, 100: 3.0}
 
 # Options of `tracin influence`.
 KINDS = {"brute force": ["--no-prune"], "pruned": []}
@@ -175,9 +179,16 @@ def report_pruning(bench: Bench) -> None:
     _report_pruned("even rows", _even(bench), bench.rounds, 1 / 1.1)
 
 
-def _report_pruned(name: str, asked: Asked, rounds: int, goal: float = 0.0) -> None:
+def _report_pruned(
+    name: str,
+    asked: Asked,
+    rounds: int,
+    goal: float = 0.0,
+    before: Callable[[], object] = lambda: None,
+) -> None:
     warm(asked.shards())
-    seconds, found = in_turn(rounds, {"brute force": asked.brute, "pruned": asked.pruned})
+    jobs = {"brute force": asked.brute, "pruned": asked.pruned}
+    seconds, found = in_turn(rounds, jobs, before)
     name = f"{name}, {asked.rows:,} rows, {len(asked.queries):,} queries: "
     for job, took in seconds.items():
         line(f"{name}{job}, s", np.median(took), ",.3f")
@@ -262,6 +273,9 @@ def report_full(bench: Bench) -> None:
     peaks = {kind: float(np.median([m.peak for m, _ in found[kind]])) for kind in KINDS}
     _report_memory(bench, asked, queries, peaks)
     _report_ranking(bench, train, asked.rows)
+    for count, goal in FEW_QUERIES.items():
+        few = asked.first(count)
+        _report_pruned("cold files", few, bench.rounds, goal, partial(drop, shards))
 
 
 def _report_command(

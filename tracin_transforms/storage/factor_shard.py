@@ -7,6 +7,7 @@ few rows that are wanted, these alone are read. `shard_writer` says how the rows
 
 import io
 import mmap
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from tracin_transforms.storage.sidecar import Batch, Rows, Sidecar, read_sidecar
 
 # Those in use are not counted: as many as one reader ahead and a scan give back.
 _READ = Buffers(3)
-# Of a block with less than this share of its rows wanted, the others are not read.
-_FEW_SHARE = 0.25
+# What it takes to bring a run of rows of a column from a disk, in bytes that are read meanwhile.
+_READ_COST = 2**16
+# Rows so near to each other are sent for together with those between them.
+_NEAR = 4
 
 
 @dataclass(frozen=True)
@@ -206,12 +209,20 @@ class StoredShard:
         """Returns a record batch, read as a whole; mapped, where few of its rows are wanted."""
         file, schema = self.sidecar.file, self.sidecar.layout.schema
         batch = file.batches[number]
-        is_local = not isinstance(self.paths.factors, RemotePath)
-        if is_local and rows is not None and len(rows) < _FEW_SHARE * batch.rows:
-            return _record_batch(_mapped(opened, batch), schema)
+        runs = None if rows is None else _runs(rows)
+        if runs is not None and self._are_few(runs, batch):
+            return _mapped(opened, batch, schema, runs)
         memory = _READ.take(max(batch.size for batch in file.batches))[: batch.size]
         self._read_into(opened, batch.start, memory.data)
         return _record_batch(memory, schema)
+
+    def _are_few(self, runs: list[tuple[int, int]], batch: Batch) -> bool:
+        """Returns whether runs of rows are sooner brought from a disk than the whole batch."""
+        if isinstance(self.paths.factors, RemotePath):
+            return False
+        rows = sum(last - first for first, last in runs)
+        reads = len(runs) * len(self.sidecar.layout.columns)
+        return rows * batch.size / batch.rows + reads * _READ_COST < batch.size
 
     def _check_size(self, opened: Any) -> None:
         size = opened.seek(0, io.SEEK_END)
@@ -236,10 +247,40 @@ def _record_batch(memory: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
     return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(memory.data)), schema)
 
 
-def _mapped(opened: Any, batch: Batch) -> np.ndarray:
-    """Returns the bytes of a record batch, which are read where they are looked at."""
+def _mapped(
+    opened: Any, batch: Batch, schema: pa.Schema, runs: list[tuple[int, int]]
+) -> pa.RecordBatch:
+    """Returns a record batch that is read where it is looked at: in some rows, which are sent for.
+
+    The system begins to bring them into memory, all at once, if they are not there.
+
+    Args:
+        opened: The factor file.
+        batch: Where it lies in it.
+        schema: Its columns.
+        runs: Where rows that follow each other begin and end.
+    """
     before = batch.start % mmap.ALLOCATIONGRANULARITY
     mapped = mmap.mmap(
         opened.fileno(), before + batch.size, access=mmap.ACCESS_READ, offset=batch.start - before
     )
-    return np.frombuffer(mapped, np.uint8, offset=before)
+    mapped.madvise(mmap.MADV_RANDOM)
+    memory = np.frombuffer(mapped, np.uint8, offset=before)
+    found = _record_batch(memory, schema)
+    for column in found.columns:
+        is_list = pa.types.is_fixed_size_list(column.type)
+        values = column.values if is_list else column
+        start = batch.start + values.buffers()[1].address - memory.ctypes.data
+        width = (column.type.list_size if is_list else 1) * values.type.bit_width // 8
+        # What is narrow lies in a page or two.
+        for first, last in runs if width > 1 else [(0, len(found))]:
+            place, size = start + first * width, (last - first) * width
+            os.posix_fadvise(opened.fileno(), place, size, os.POSIX_FADV_WILLNEED)
+    return found
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Returns where rows that follow each other begin and end; those near each other are joined."""
+    breaks = np.flatnonzero(np.diff(rows) > _NEAR) + 1
+    starts, stops = rows[np.append(0, breaks)], rows[np.append(breaks - 1, len(rows) - 1)] + 1
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))

@@ -27,6 +27,12 @@ def _estimates(block: FactorBlock, queries: FactorBlock) -> np.ndarray:
     )
 
 
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """However few rows there are."""
+    monkeypatch.setattr(likely_pairs, "_MOST_SHARE", np.inf)
+
+
 @pytest.fixture(scope="module")
 def block():
     return of_classes(np.random.default_rng(0), 600)
@@ -66,6 +72,15 @@ def test_more_than_there_are(block, queries):
     rows, columns = _likely(queries, 700, 1).of(Peaks.of_block(block))
     assert len(rows) == len(block) * len(queries)
     assert np.bincount(columns).tolist() == [len(block)] * len(queries)
+
+
+def test_few_rows_have_none(block, queries, monkeypatch):
+    monkeypatch.setattr(likely_pairs, "_MOST_SHARE", 0.05)
+    likely, peaks = _likely(queries, 1, 2), Peaks.of_block(block)
+    assert [len(side) for side in likely.of(peaks)] == [0, 0]
+    many = peaks.take(np.arange(4000) % len(block))
+    rows, _ = likely.of(many)
+    assert 0 < len(rows) <= 2 * len(queries)
 
 
 def test_a_shard_without_rows_and_queries_without_peaks(queries):

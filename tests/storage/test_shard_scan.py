@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.core.test_ranking import assert_same
 from tests.factories import random_block, split
-from tracin_transforms.core import pruning
+from tracin_transforms.core import likely_pairs, pruning
 from tracin_transforms.core.factors import FactorBlock
 from tracin_transforms.core.influence import pair_influence, squared_gradient_norms
 from tracin_transforms.core.likely_pairs import LikelyPairs
@@ -126,6 +126,11 @@ def test_heavy_tails(tmp_path, options, dtype):
     queries = random_block(rng, 7, "q", **options)
     share = assert_pruning_changes_nothing(tmp_path, blocks, queries, dtype=dtype)
     assert share < 0.5
+
+
+@pytest.fixture(autouse=True)
+def likely_pairs_of_few_rows(monkeypatch):
+    monkeypatch.setattr(likely_pairs, "_MOST_SHARE", np.inf)
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])

@@ -22,6 +22,10 @@ from tracin_transforms.core.threads import Threads
 _ENTRIES = 4
 # Pairs that are chosen at either end, as a multiple of k: not all are of the sign they seem to be.
 _PER_K = 2
+# A pair on its own takes as long as so many that are multiplied together, and likely ones may take
+# this share of the time for all.
+_PAIR_COST = 100
+_MOST_SHARE = 0.05
 # Estimates that are made at a time.
 _ESTIMATES = 2**20
 
@@ -46,7 +50,7 @@ class LikelyPairs:
             self._queries = self._entries(peaks, queries.weights)
 
     def of(self, peaks: Peaks) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the likely pairs of a shard, each once.
+        """Returns the likely pairs of a shard, each once; none where it has too few rows to pay.
 
         Args:
             peaks: Of its n examples, at the checkpoints of the queries.
@@ -54,8 +58,8 @@ class LikelyPairs:
         Returns:
             The example and the query of each pair, in the order of the examples; shape [m], int64.
         """
-        if not peaks.count:
-            # A shard without rows.
+        n = len(peaks.rests)
+        if not peaks.count or 2 * self._count * _PAIR_COST > _MOST_SHARE * n:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         found = self._threads.map(self._strongest, self._parts(peaks))
         numbers = np.unique(np.concatenate([np.empty(0, np.int64), *found]))

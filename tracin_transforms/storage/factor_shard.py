@@ -28,6 +28,8 @@ from tracin_transforms.storage.sidecar import Batch, Rows, Sidecar, read_sidecar
 _READ = Buffers(3)
 # What it takes to bring a run of rows of a column from a disk, in bytes that are read meanwhile.
 _READ_COST = 2**16
+# Not on macOS.
+_CAN_SEND_FOR = hasattr(os, "posix_fadvise")
 # Rows so near to each other are sent for together with those between them.
 _NEAR = 4
 
@@ -218,7 +220,7 @@ class StoredShard:
 
     def _are_few(self, runs: list[tuple[int, int]], batch: Batch) -> bool:
         """Returns whether runs of rows are sooner brought from a disk than the whole batch."""
-        if isinstance(self.paths.factors, RemotePath):
+        if isinstance(self.paths.factors, RemotePath) or not _CAN_SEND_FOR:
             return False
         rows = sum(last - first for first, last in runs)
         reads = len(runs) * len(self.sidecar.layout.columns)
